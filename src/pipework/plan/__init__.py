@@ -1,0 +1,50 @@
+"""Planning in pure Python: which rank does what and when, and the proof that it will finish.
+
+`layout + microbatches -> schedule -> timeline` to look at, and `schedule -> programs` to run.
+"""
+
+from pipework.plan.action import Action, Kind
+from pipework.plan.balance import balance
+from pipework.plan.check import check
+from pipework.plan.costs import Costs
+from pipework.plan.families import FAMILIES, forward_only, gpipe, interleaved_one_f_one_b, looped_bfs, one_f_one_b
+from pipework.plan.layout import Layout
+from pipework.plan.lower import lower
+from pipework.plan.program import Compute, Instruction, Program, Receive, Send
+from pipework.plan.prove import prove
+from pipework.plan.rules import Transfer, is_local, needs, transfers
+from pipework.plan.schedule import Schedule
+from pipework.plan.simulate import simulate
+from pipework.plan.text import grid
+from pipework.plan.timeline import Span, Timeline
+
+__all__ = [
+    "FAMILIES",
+    "Action",
+    "Compute",
+    "Costs",
+    "Instruction",
+    "Kind",
+    "Layout",
+    "Program",
+    "Receive",
+    "Schedule",
+    "Send",
+    "Span",
+    "Timeline",
+    "Transfer",
+    "balance",
+    "check",
+    "forward_only",
+    "gpipe",
+    "grid",
+    "interleaved_one_f_one_b",
+    "is_local",
+    "looped_bfs",
+    "lower",
+    "needs",
+    "one_f_one_b",
+    "prove",
+    "simulate",
+    "transfers",
+]

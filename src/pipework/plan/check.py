@@ -1,0 +1,81 @@
+"""Whether a schedule is one: complete, at home, and able to finish."""
+
+from __future__ import annotations
+
+from pipework.errors import ScheduleError
+from pipework.plan.action import Action, Kind
+from pipework.plan.schedule import Schedule
+from pipework.plan.walk import walk
+
+
+def check(schedule: Schedule) -> None:
+    """Raises ScheduleError unless every rank, each in its own order, can carry the schedule to its end.
+
+    - Every stage does every microbatch once: F and either B or both I and W; in a forward-only schedule F alone.
+    - Every action is on the rank that holds its stage.
+    - No rank waits for ever; when one would, `why` draws who waits for whom.
+
+    >>> from pipework.plan import Layout
+    >>> order = tuple(map(Action.parse, ("0F0", "0B0", "0F1")))
+    >>> check(Schedule("half", Layout.loop(1), 2, (order,)))
+    Traceback (most recent call last):
+    pipework.errors.ScheduleError: half is incomplete: 0B1 is never done
+      remedy: add it to the order of rank 0
+    """
+    _require_shape(schedule)
+    seen: set[Action] = set()
+    for rank, order in enumerate(schedule.orders):
+        for position, action in enumerate(order):
+            fault = _fault(action, rank, schedule)
+            if action in seen:
+                fault = "is done twice"
+            if fault:
+                raise ScheduleError(f"{action} {fault}", where=f"{schedule.name}, rank {rank}, position {position}")
+            seen.add(action)
+    _require_complete(schedule, seen)
+    for _ in walk(schedule):
+        pass
+
+
+def _require_shape(schedule: Schedule) -> None:
+    if schedule.microbatches < 1:
+        raise ScheduleError(f"{schedule.name} has {schedule.microbatches} microbatches", remedy="use at least 1")
+    if len(schedule.orders) != schedule.layout.ranks:
+        raise ScheduleError(
+            f"{schedule.name} has orders for {len(schedule.orders)} ranks, but its layout has {schedule.layout.ranks}",
+            remedy="give one order per rank, empty where a rank has nothing to do",
+        )
+
+
+def _fault(action: Action, rank: int, schedule: Schedule) -> str:
+    """What is wrong with this action where it stands, or nothing."""
+    layout = schedule.layout
+    if not 0 <= action.stage < layout.stages:
+        return f"is of an unknown stage: there are {layout.stages}"
+    if not 0 <= action.microbatch < schedule.microbatches:
+        return f"is of an unknown microbatch: there are {schedule.microbatches}"
+    if layout.rank_of[action.stage] != rank:
+        return f"is not at home: rank {layout.rank_of[action.stage]} holds stage {action.stage}"
+    if action.kind is Kind.BACKWARD and schedule.splits(action.stage, action.microbatch):
+        return "is a full backward of what is also done in two parts, I and W"
+    return ""
+
+
+def _require_complete(schedule: Schedule, seen: set[Action]) -> None:
+    for stage in range(schedule.layout.stages):
+        for microbatch in range(schedule.microbatches):
+            for kind in _kinds(schedule, stage, microbatch):
+                action = Action(stage, kind, microbatch)
+                if action not in seen:
+                    raise ScheduleError(
+                        f"{schedule.name} is incomplete: {action} is never done",
+                        remedy=f"add it to the order of rank {schedule.layout.rank_of[stage]}",
+                    )
+
+
+def _kinds(schedule: Schedule, stage: int, microbatch: int) -> tuple[Kind, ...]:
+    if not schedule.trains:
+        return (Kind.FORWARD,)
+    if schedule.splits(stage, microbatch):
+        return (Kind.FORWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT)
+    return (Kind.FORWARD, Kind.BACKWARD)

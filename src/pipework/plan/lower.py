@@ -1,0 +1,65 @@
+"""From a schedule to one program per rank.
+
+All ranks read one global order, the actions by the time they end in a simulation with unit costs. Each action is
+followed by its transfers there, so both ends of a transfer have the same place in it, and no rank can wait in a circle:
+
+    global order   0F0  0F0>1  0F1  1F0  0F1>1 ...
+    rank 0         0F0  send 0F0>1     0F1        send 0F1>1    ...
+    rank 1              receive 0F0>1       1F0   receive 0F1>1 ...
+"""
+
+from __future__ import annotations
+
+from pipework.errors import ScheduleError
+from pipework.plan.advance import Placed, advance
+from pipework.plan.check import check
+from pipework.plan.program import Compute, Program, Receive, Send
+from pipework.plan.prove import prove
+from pipework.plan.rules import is_local, transfers
+from pipework.plan.schedule import Schedule
+from pipework.plan.simulate import UNIT, simulate
+
+
+def lower(schedule: Schedule, window: int = 1) -> tuple[Program, ...]:
+    """One program per rank, proven to finish even if every transfer blocks both its ends (see `prove`).
+
+    A receive stands up to `window` of its rank's own actions ahead of the place where its value can exist: 0 saves
+    memory, 1 lets a transfer and an action overlap. The order of the transfers between two ranks is never changed, nor
+    the order of a rank's receives.
+
+    Raises ScheduleError if the schedule is not one (see `check`), or if `window` is negative.
+
+    >>> from pipework.plan import Layout, gpipe
+    >>> for program in lower(gpipe(Layout.loop(2), microbatches=1)):
+    ...     print(program.rank, [str(instruction) for instruction in program.instructions])
+    0 ['0F0', 'send 0F0>1', 'receive 1B0>0', '0B0']
+    1 ['receive 0F0>1', '1F0', '1B0', 'send 1B0>0']
+    """
+    if window < 0:
+        raise ScheduleError(f"window={window} is negative", remedy="give 0 to leave receives where they are")
+    check(schedule)
+    placed = _read_off(schedule)
+    programs = tuple(Program(rank, tuple(instruction for _, instruction in each)) for rank, each in enumerate(placed))
+    prove(programs)
+    if window:
+        ahead = advance(placed, schedule.layout, window)
+        programs = tuple(Program(rank, tuple(each)) for rank, each in enumerate(ahead))
+        prove(programs)
+    return programs
+
+
+def _read_off(schedule: Schedule) -> list[list[Placed]]:
+    """Each rank's instructions in the global order."""
+    layout = schedule.layout
+    placed: list[list[Placed]] = [[] for _ in schedule.orders]
+    place = 0
+    # Whatever needs something ends later than it, since no unit cost is 0; among equals the rank decides.
+    for span in sorted(simulate(schedule, UNIT).spans, key=lambda span: (span.end, span.rank)):
+        placed[span.rank].append((place, Compute(span.action)))
+        for transfer in transfers(span.action, schedule):
+            if not is_local(transfer, layout):
+                place += 1
+                placed[span.rank].append((place, Send(transfer)))
+                placed[layout.rank_of[transfer.to]].append((place, Receive(transfer)))
+        place += 1
+    return placed

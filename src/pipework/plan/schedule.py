@@ -1,0 +1,93 @@
+"""A schedule: for each rank, what it computes and in which order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from typing import final
+
+from pipework.plan.action import Action, Kind
+from pipework.plan.layout import Layout
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Every rank's actions in order: `orders[rank]`. A value: it knows nothing of processes, devices or tensors.
+
+    Nothing is judged here; `check` tells whether a schedule is complete and can finish.
+
+    >>> order = tuple(map(Action.parse, ("0F0", "0F1", "0B0", "0I1", "0W1")))
+    >>> schedule = Schedule("by hand", Layout.loop(1), 2, (order,))
+    >>> schedule.trains, schedule.splits(0, 0), schedule.splits(0, 1)
+    (True, False, True)
+    """
+
+    name: str
+    layout: Layout
+    microbatches: int
+    orders: tuple[tuple[Action, ...], ...]
+    _split: frozenset[tuple[int, int]] = field(init=False, repr=False, compare=False)
+    _trains: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        split = frozenset(
+            (action.stage, action.microbatch)
+            for order in self.orders
+            for action in order
+            if action.kind is Kind.INPUT_GRADIENT or action.kind is Kind.WEIGHT_GRADIENT
+        )
+        trains = any(action.kind is not Kind.FORWARD for order in self.orders for action in order)
+        object.__setattr__(self, "_split", split)
+        object.__setattr__(self, "_trains", trains)
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything goes backward; False for a forward-only schedule."""
+        return self._trains
+
+    def splits(self, stage: int, microbatch: int) -> bool:
+        """Whether this backward is split into an input gradient (I) and a weight gradient (W)."""
+        return (stage, microbatch) in self._split
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits over everything in the schedule, the same in every process and on every machine.
+
+        Ranks compare it before the first transfer: equal fingerprints mean equal plans.
+        """
+        layout = self.layout
+        parts = (
+            self.name,
+            str(self.microbatches),
+            " ".join(map(str, layout.rank_of)),
+            " ".join(f"{u}>{v}" for u in range(layout.stages) for v in layout.feeds(u)),
+            " ".join(f"{u}<{v}" for u in range(layout.stages) for v in layout.gradient_from(u)),
+            *(" ".join(map(str, order)) for order in self.orders),
+        )
+        # Each part is preceded by its length, so that no two schedules can join to the same text.
+        return sha256("".join(f"{len(part)}:{part}" for part in parts).encode()).hexdigest()[:16]
+
+    def with_layout(self, layout: Layout) -> Schedule:
+        """The same orders over another layout, such as one whose edges are those of a real cut."""
+        return replace(self, layout=layout)
+
+    def describe(self) -> str:
+        """One line: name and counts.
+
+        >>> Schedule("empty", Layout.loop(2), 1, ((), ())).describe()
+        'empty: 2 ranks, 2 stages, 1 microbatch, 0 actions'
+        """
+        actions = sum(map(len, self.orders))
+        counts = (
+            (self.layout.ranks, "rank"),
+            (self.layout.stages, "stage"),
+            (self.microbatches, "microbatch"),
+            (actions, "action"),
+        )
+        return f"{self.name}: {', '.join(_counted(count, noun) for count, noun in counts)}"
+
+
+def _counted(count: int, noun: str) -> str:
+    plural = noun + ("es" if noun.endswith("ch") else "s")
+    return f"{count} {noun if count == 1 else plural}"

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from random import Random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipework.plan import Action, Costs, Kind, Layout, Schedule, Span, Timeline, forward_only, one_f_one_b, simulate
+from tests.plan.test_simulate import simulations
+from tests.strategies import schedules
+
+
+@given(simulations())
+def test_the_critical_path_explains_every_moment(simulation: tuple[Schedule, Costs]) -> None:
+    schedule, costs = simulation
+    timeline = simulate(schedule, costs)
+    path = timeline.critical_path()
+    assert path[0].start == 0
+    assert path[-1].end == timeline.makespan
+    for earlier, later in pairwise(path):
+        assert later.start == earlier.end + costs.delay(earlier.action.stage, later.action.stage, schedule.layout)
+
+
+@given(schedules(), st.integers(0, 2**32))
+def test_recorded_spans_make_a_timeline(schedule: Schedule, seed: int) -> None:
+    """Any clock will do, in any order, and no time is needed to fit any costs."""
+    random = Random(seed)
+    recorded = [
+        Span(span.rank, span.action, 1e6 + span.start + 0.25, 1e6 + span.end - 0.25)
+        for span in simulate(schedule).spans
+    ]
+    random.shuffle(recorded)
+    timeline = Timeline(schedule, tuple(recorded))
+    planned = simulate(schedule)
+    assert timeline.makespan == planned.makespan - 0.5
+    assert timeline.peaks == planned.peaks
+    assert [timeline.rank(rank) for rank in range(schedule.layout.ranks)] == [
+        tuple(sorted((span for span in recorded if span.rank == rank), key=lambda span: span.start))
+        for rank in range(schedule.layout.ranks)
+    ]
+    path = timeline.critical_path()
+    assert path[0].start == timeline.start
+    assert path[-1].end == timeline.start + timeline.makespan
+
+
+@given(schedules())
+def test_the_bubble_is_what_is_not_busy(schedule: Schedule) -> None:
+    timeline = simulate(schedule)
+    work = sum(2 if action.kind is Kind.BACKWARD else 1 for order in schedule.orders for action in order)
+    assert timeline.busy == work
+    assert timeline.bubble == 1 - work / (timeline.makespan * schedule.layout.ranks)
+    assert timeline.bubble_of_span == 1 - work / (timeline.span * schedule.layout.ranks)
+    assert timeline.span <= timeline.makespan
+
+
+def test_span_is_a_ranks_own_time() -> None:
+    timeline = simulate(forward_only(Layout.loop(4), 8))
+    assert (timeline.makespan, timeline.span, timeline.bubble_of_span) == (11, 8, 0)
+
+
+def test_a_recorded_path_follows_the_latest_predecessor() -> None:
+    schedule = one_f_one_b(Layout.loop(2), 1)
+    times = {"0F0": (5.0, 6.0), "1F0": (6.5, 7.0), "1B0": (7.0, 9.0), "0B0": (9.75, 11.0)}
+    spans = tuple(
+        Span(rank, action, *times[str(action)]) for rank, order in enumerate(schedule.orders) for action in order
+    )
+    timeline = Timeline(schedule, spans)
+    assert [str(span.action) for span in timeline.critical_path()] == ["0F0", "1F0", "1B0", "0B0"]
+    assert (timeline.start, timeline.makespan, timeline.span) == (5, 6, 6)
+
+
+def test_an_empty_timeline_is_all_zero() -> None:
+    timeline = Timeline(Schedule("nothing", Layout.loop(2), 1, ((), ())), ())
+    assert (timeline.makespan, timeline.span, timeline.bubble, timeline.peaks) == (0, 0, 0, (0, 0))
+    assert timeline.critical_path() == ()
+    assert timeline.text().startswith("rank 0\nrank 1\nmakespan 0 s")
+
+
+def test_peaks_count_from_the_start_of_a_forward_to_the_end_of_its_backward() -> None:
+    order = tuple(map(Action.parse, ("0F0", "0F1", "0B1", "0F2", "0B0", "0B2")))
+    assert simulate(Schedule("by hand", Layout.loop(1), 3, (order,)), Costs(activation=2.5)).peaks == (5,)
