@@ -1,0 +1,1 @@
+"""Timelines to look at: `html`, a page for the browser, and `trace`, a file for Perfetto."""

@@ -1,0 +1,282 @@
+"""The page, parsed: what is drawn is the timeline, nothing overlaps, and nothing is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+from hypothesis import given
+
+from pipework.errors import InputError
+from pipework.plan import (
+    Action,
+    Costs,
+    Layout,
+    Schedule,
+    Timeline,
+    gpipe,
+    interleaved_one_f_one_b,
+    needs,
+    one_f_one_b,
+    simulate,
+)
+from pipework.show.chart import label_width
+from pipework.show.html import page, write
+from tests.show.timelines import recorded, timelines
+
+Element = ET.Element
+
+
+def sections(text: str) -> list[Element]:
+    """The page's charts. The page is well-formed XML too, which makes every tag's end certain."""
+    root = ET.fromstring(re.sub(r' xmlns="[^"]*"', "", text))
+    return list(root.iter("section"))
+
+
+def rows(section: Element) -> Iterator[tuple[int, list[Element], list[Element]]]:
+    """Each rank with its bars and its labels."""
+    for row in section.iter("g"):
+        if (rank := row.get("data-rank")) is not None:
+            yield int(rank), row.findall("rect"), row.findall("./g/text")
+
+
+def edges(bar: Element) -> tuple[int, int]:
+    """Left and right, in tenths of a pixel."""
+    left = int(bar.attrib["x"])
+    return left, left + int(bar.attrib["width"])
+
+
+def scale(section: Element, timeline: Timeline) -> float:
+    """Tenths of a pixel per second, read from the row that spans the makespan."""
+    idle = next(rect for rect in section.iter("rect") if rect.get("class") == "idle")
+    return int(idle.attrib["width"]) / timeline.makespan
+
+
+def planned(ranks: int = 4, microbatches: int = 8, costs: Costs = Costs()) -> Timeline:  # noqa: B008
+    return simulate(one_f_one_b(Layout.loop(ranks), microbatches), costs)
+
+
+@given(timelines())
+def test_every_action_is_drawn_once_where_and_when_it_ran(timeline: Timeline) -> None:
+    (section,) = sections(page({"one": timeline}))
+    tenths = scale(section, timeline)
+    drawn = {bar.attrib["data-action"]: (rank, bar) for rank, bars, _ in rows(section) for bar in bars}
+    assert sum(len(bars) for _, bars, _ in rows(section)) == len(drawn) == len(timeline.spans)
+    for span in timeline.spans:
+        rank, bar = drawn[str(span.action)]
+        assert rank == span.rank
+        assert bar.attrib["class"].split()[0] == span.action.kind.value
+        for edge, time in zip(edges(bar), (span.start, span.end), strict=True):
+            # Half a unit for rounding the edge, and at most as much for the makespan that the scale was read from.
+            assert abs(edge - (time - timeline.start) * tenths) <= 1
+        assert bar.attrib["data-needs"].split() == [str(need) for need in needs(span.action, timeline.schedule)]
+
+
+@given(timelines())
+def test_bars_of_a_row_do_not_overlap_and_labels_fit_into_theirs(timeline: Timeline) -> None:
+    (section,) = sections(page({"one": timeline}))
+    for _, bars, labels in rows(section):
+        ends = sorted(map(edges, bars))
+        assert all(right <= left for (_, right), (left, _) in pairwise(ends))
+        owners = {(left + right) // 2: (bar, right - left) for bar in bars for left, right in [edges(bar)]}
+        for label in labels:
+            bar, width = owners[int(label.attrib["x"])]
+            action = Action.parse(bar.attrib["data-action"])
+            assert label.text in (str(action), str(action.microbatch))
+            assert 10 * label_width(label.text) <= width
+
+
+@given(timelines())
+def test_rows_lie_below_one_another_within_the_picture(timeline: Timeline) -> None:
+    (section,) = sections(page({"one": timeline}))
+    (picture,) = section.iter("svg")
+    _, _, width, height = map(int, picture.attrib["viewBox"].split())
+    tops: list[int] = []
+    for row in picture.iter("g"):
+        if row.get("data-rank"):
+            found = re.fullmatch(r"translate\(0 (\d+)\)", row.attrib["transform"])
+            assert found
+            tops.append(int(found[1]))
+            bars = row.findall("rect")
+            assert all(tops[-1] + int(bar.attrib["height"]) <= height and edges(bar)[1] <= width for bar in bars)
+    high = max(int(bar.attrib["height"]) for _, bars, _ in rows(section) for bar in bars)
+    assert len(tops) == timeline.schedule.layout.ranks
+    assert all(above + high < below for above, below in pairwise(tops))
+
+
+def heights(section: Element) -> list[int]:
+    """How high each rank's memory curve rises, in tenths of a pixel."""
+    curves = [path.attrib["d"] for path in section.iter("path") if path.get("class") == "alive"]
+    bases = [int(re.findall(r"^M0 (\d+)", curve)[0]) for curve in curves]
+    return [max(base - int(y) for y in re.findall(r"V(\d+)", curve)) for base, curve in zip(bases, curves, strict=True)]
+
+
+@given(timelines())
+def test_memory_curves_rise_to_the_peaks(timeline: Timeline) -> None:
+    (section,) = sections(page({"one": timeline}))
+    most, highest = max(heights(section)), max(timeline.peaks)
+    assert heights(section) == [round(most * peak / highest) for peak in timeline.peaks]
+
+
+def test_memory_curves_change_where_activations_come_and_go() -> None:
+    plan = simulate(gpipe(Layout.loop(1), 2))  # F F B- B-
+    (section,) = sections(page({"one": plan}))
+    (curve,) = (path.attrib["d"] for path in section.iter("path") if path.get("class") == "alive")
+    steps = [(int(x) / scale(section, plan), int(y)) for x, y in re.findall(r"H(\d+)V(\d+)", curve)]
+    levels = [steps[-1][1] - y for _, y in steps]
+    assert [time for time, _ in steps] == [0, 1, 4, 6, 6]
+    assert levels == [60, 120, 60, 0, 0]
+
+
+def test_memory_curves_of_one_unit_share_a_scale() -> None:
+    layout = Layout.loop(4)
+    timelines = {family.__name__: simulate(family(layout, 8)) for family in (gpipe, one_f_one_b)}
+    bytes_instead = simulate(gpipe(layout, 8), Costs(activation=1e9))
+    most, less, other = sections(page({**timelines, "bytes": bytes_instead}))
+    assert max(heights(most)) == max(heights(other)) == 2 * max(heights(less))
+
+
+def test_the_critical_path_is_outlined() -> None:
+    timeline = planned()
+    (section,) = sections(page({"one": timeline}))
+    _, outlines = (path.attrib["d"] for path in section.iter("path") if path.get("class") == "critical")
+    boxes = {(int(left) - 8, int(right) + 8) for left, right in re.findall(r"M(\d+) \d+H(\d+)V", outlines)}
+    drawn = {bar.attrib["data-action"]: edges(bar) for _, bars, _ in rows(section) for bar in bars}
+    assert boxes == {drawn[str(span.action)] for span in timeline.critical_path()}
+
+
+def test_stages_of_one_rank_differ_in_shade() -> None:
+    text = page({"one": simulate(interleaved_one_f_one_b(Layout.loop(2, per_rank=3), microbatches=4))})
+    (section,) = sections(text)
+    shades = {(Action.parse(bar.attrib["data-action"]).stage, bar.attrib["class"].split()[1])
+              for _, bars, _ in rows(section) for bar in bars}  # fmt: skip
+    assert shades == {(stage, f"s{stage // 2}") for stage in range(6)}
+    assert re.findall(r"\.s(\d) \{ --lift: (\d+)%", text) == [("1", "25"), ("2", "50")]
+
+
+def test_comparable_timelines_share_one_scale() -> None:
+    plan = planned(costs=Costs(0.003, 0.003, 0.003))
+    real = recorded(plan, lambda index: 1.5)
+    first, second = sections(page({"planned": plan, "recorded": real}))
+    assert scale(first, plan) == pytest.approx(scale(second, real), rel=1e-3)  # each read from a rounded width
+    assert first.attrib["data-unit"] == second.attrib["data-unit"] == "ms"
+
+
+@pytest.mark.parametrize(
+    ("costs", "factor", "unit"),
+    [(Costs(), 0.003, "ms"), (Costs(), 1.5, "s"), (Costs(0.5, 0.5, 0.5), 0.04, "ms")],
+    ids=["another unit", "another unit, near in numbers", "one unit, far apart"],
+)
+def test_what_does_not_compare_fills_the_same_width(costs: Costs, factor: float, unit: str) -> None:
+    plan = planned(costs=costs)
+    real = recorded(plan, lambda index: factor)
+    text = page({"planned": plan, "recorded": real})
+    first, second = sections(text)
+    assert scale(first, plan) * plan.makespan == scale(second, real) * real.makespan
+    assert (first.attrib["data-unit"], second.attrib["data-unit"]) == ("" if costs == Costs() else "s", unit)
+    assert "do not compare" in text
+    assert "do not compare" not in page({"planned": plan})
+
+
+def test_ticks_are_round_rise_evenly_and_stand_at_their_times() -> None:
+    timeline = planned(costs=Costs(0.003, 0.003, 0.003))
+    (section,) = sections(page({"one": timeline}))
+    full = next(each for each in section.iter("div") if each.get("class") == "ticks full")
+    ticks = [(float(tick.attrib["data-tick"].removesuffix(" ms")), float(tick.attrib["style"][5:-1])) for tick in full]
+    assert [time for time, _ in ticks] == [10.0 * index for index in range(10)]  # 33 units of 3 ms
+    for time, percent in ticks:
+        assert percent == pytest.approx(100 * time / 99, abs=1e-3)
+
+
+def test_figures_are_the_timeline_s() -> None:
+    (section,) = sections(page({"one": planned()}))
+    figures = {row[0].text: row[1].text for row in section.findall("./dl/div")}
+    assert figures == {
+        "makespan": "33",
+        "bubble": "27.3 %",
+        "span": "33",
+        "bubble in span": "27.3 %",
+        "peak per rank": "4, 3, 2, 1",
+    }
+
+
+def test_a_forward_only_schedule_of_which_nothing_is_freed_can_be_drawn() -> None:
+    layout = Layout.loop(2)
+    orders = tuple(tuple(Action.parse(f"{rank}F{index}") for index in range(3)) for rank in range(2))
+    (section,) = sections(page({"one": simulate(Schedule("forward", layout, 3, orders), Costs(activation=0.0))}))
+    assert sum(len(bars) for _, bars, _ in rows(section)) == 6
+
+
+def test_the_page_loads_nothing() -> None:
+    text = page({"planned": planned(), "recorded": recorded(planned(), lambda index: 0.01)})
+    without_namespace = text.replace('xmlns="http://www.w3.org/1999/xhtml"', "")
+    assert not re.search(r"https?:|//\w|src=|href=|@import|url\(|fetch\(|import\(", without_namespace)
+    assert "default-src 'none'" in text
+
+
+def test_the_page_is_html_with_every_element_closed() -> None:
+    opened: list[str] = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            opened.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert opened.pop() == tag
+
+        def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            # HTML takes <rect/> for closed in SVG, but outside of it only where an element is empty by nature.
+            assert "svg" in opened or tag in ("meta", "input")
+
+    parser = Parser()
+    parser.feed(page({"one": planned()}))
+    parser.close()
+    assert not opened
+
+
+def test_names_and_titles_are_text_not_markup() -> None:
+    evil = '</title><script>alert("1")</script>&"'
+    plan = planned()
+    plan = replace(plan, schedule=replace(plan.schedule, name=evil))
+    text = page({evil: plan}, title=evil)
+    assert text.count("<script>") == 1
+    root = ET.fromstring(re.sub(r' xmlns="[^"]*"', "", text))
+    assert root.findtext("./head/title") == root.findtext("./body/h1") == evil
+    assert (root.findtext("./body/section/h2") or "").strip() == evil
+    assert (root.findtext("./body/section/h2/small") or "").startswith(evil)
+
+
+def test_charts_are_labelled_and_can_be_scrolled_from_the_keyboard() -> None:
+    (section,) = sections(page({"planned": planned()}))
+    (picture,) = section.iter("svg")
+    assert picture.attrib["role"] == "img"
+    assert picture.attrib["aria-label"].startswith("planned: one_f_one_b: 4 ranks")
+    assert "makespan 33" in picture.attrib["aria-label"]
+    assert section.find("./div[@tabindex='0'][@role='region'][@aria-label]") is not None
+
+
+def test_large_charts_open_as_a_whole_and_stay_small() -> None:
+    small, large = page({"one": planned()}), page({"one": planned(32, 128)})
+    assert 'id="fit"' not in small
+    assert re.search(r'id="fit" checked', large)
+    assert len(large) < 160 * 32 * 128 * 2
+
+
+def test_write_gives_the_page_in_a_file(tmp_path: Path) -> None:
+    timelines = {"µ": planned()}
+    write(tmp_path / "page.html", timelines, title="Größe")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == page(timelines, title="Größe")
+
+
+def test_nothing_to_draw_is_refused() -> None:
+    with pytest.raises(InputError, match="no timeline"):
+        page({})
+    empty = Timeline(Schedule("empty", Layout.loop(1), 1, ((),)), ())
+    with pytest.raises(InputError, match="'recorded' is empty"):
+        page({"recorded": empty})
