@@ -1,0 +1,332 @@
+"""Running a model once, with the modules on the path to a cut open and all others closed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipework.errors import CaptureError, CutError, PipeworkError
+from pipework.split.arguments import named
+from pipework.split.cost import operations
+from pipework.split.fakes import Fakes, needs_fakes, undress
+from pipework.split.intercept import intercepted
+from pipework.split.marks import Marks, SplitPoint
+from pipework.split.preserve import changes, unchanged
+from pipework.split.tape import Draw, Entry, Origin, Ref, Surroundings, Tape, Value, user_line
+from pipework.split.torch_private import TorchDispatchMode, arguments_of, has_backward_hooks, storage_of, version_of
+from pipework.split.trees import leaves, map_leaves
+
+_lock = threading.RLock()  # what a capture patches is global, so one runs at a time
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recording:
+    """A model's forward on one example: the tape, and what the run told about the model."""
+
+    entries: tuple[Entry, ...]
+    values: tuple[Value, ...]
+    input_names: tuple[str, ...]  # of the input tensors, in order
+    output: Any  # the model's output, tensors as Ref
+    labels: tuple[str, ...]  # what made each cut, in order
+    opened: frozenset[str]
+    called: frozenset[str]
+    calls: Mapping[str, frozenset[str]]  # module -> the modules that its own forward calls
+    drawing: frozenset[str]  # modules that draw random numbers in their own forward
+    calls_before: tuple[Mapping[str, int], ...]  # per stage: how often each module was called in earlier stages
+    written_buffers: frozenset[str]
+    changed_attributes: tuple[tuple[str, str, Any], ...]  # plain values that the trunk changes: module, name, value
+    assigned_buffers: Mapping[str, Ref]  # buffers that the trunk replaced by a new tensor
+    device: torch.device | None  # where all the model's tensors are, if in one place
+    on_example: bool  # ran on the example's real tensors rather than on fake ones
+    ambient: Surroundings  # switches that were on around the run
+
+
+@dataclasses.dataclass(slots=True)
+class _Frame:
+    module: nn.Module
+    name: str
+    call: int
+    segment: int = 0
+
+
+class _Run:
+    """One run of the model under a tape."""
+
+    def __init__(self, names: Mapping[int, str], opened: frozenset[str], marks: Marks, tape: Tape) -> None:
+        self.names, self.opened, self.marks, self.tape = names, opened, marks, tape
+        self.stack: list[_Frame] = []
+        self.reopen: set[str] = set()
+        self.called: dict[str, int] = {}
+        self.drawing: set[str] = set()
+        self.calls: dict[str, set[str]] = {}  # module -> the modules that its own forward calls
+        self.calls_before: list[dict[str, int]] = [{}]
+        self.failed = ""  # the innermost module that raised
+        self.applied: str | None = None  # the custom autograd.Function being applied
+
+    def module(self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        name = self.names.get(id(module))
+        again = self.stack and self.stack[-1].module is module  # a __call__ that calls the one it overrides
+        if name is None or again:
+            return original(module, *args, **kwargs)
+        frame = _Frame(module, name, self.called.get(name, 0))
+        if self.stack:
+            self.calls.setdefault(self.stack[-1].name, set()).add(name)
+        points = [m.point for m in self.marks.get(name, ()) if m.call in (None, frame.call)]
+        if SplitPoint.BEGINNING in points:
+            self.cut(f"the beginning of {name!r}")
+        self.called[name] = frame.call + 1
+        self.stack.append(frame)
+        self._locate()
+        try:
+            if self.applied is not None and not self.tape.silent:
+                self.tape.within.append(name)
+            if self.tape.silent or self.applied is not None or name in self.opened:
+                out = original(module, *args, **kwargs)
+            else:
+                out = self.tape.close(name, lambda: original(module, *args, **kwargs), args, kwargs)
+        except Exception:
+            self.failed = self.failed or name or "(the model itself)"
+            raise
+        finally:
+            self.stack.pop()
+        self._child_returned()
+        if SplitPoint.END in points:
+            self.cut(f"the end of {name!r}")
+        return out
+
+    def _locate(self) -> None:
+        top = self.stack[-1]
+        self.tape.where = Draw(top.name, top.call, top.segment)
+
+    def _child_returned(self) -> None:
+        """A module's stream of random numbers begins anew after each child it calls, so that it can be cut there."""
+        if self.stack:
+            self.stack[-1].segment += 1
+            self._locate()
+
+    def split(self) -> None:
+        self.cut(f"pipe_split() at {user_line()}")
+        self._child_returned()
+
+    def cut(self, label: str) -> None:
+        if self.applied is not None:
+            raise CutError(
+                f"{label} lies inside the custom autograd.Function {self.applied}",
+                why="its forward and backward are one operation, which no stage can hold half of",
+                remedy="cut before or after the module that applies it",
+            )
+        if self.tape.silent:
+            self.reopen.update(frame.name for frame in self.stack)
+            return
+        self.tape.cuts.append(label)
+        self.calls_before.append(dict(self.called))
+
+    def drew(self) -> None:
+        if not self.stack:
+            return
+        self.drawing.add(self.stack[-1].name)
+        self.tape.drew = True
+
+    def apply(self, original: Callable[..., Any], function: type, args: tuple[Any, ...], kwargs: Any) -> Any:
+        # One entry, since its inside has a backward of its own.
+        if self.tape.silent or self.applied is not None:
+            return original(function, *args, **kwargs)
+
+        def call(*a: Any, **k: Any) -> Any:
+            return original(function, *a, **k)
+
+        call.__name__ = function.__name__
+        call.applies = function  # type: ignore[attr-defined]
+        self.applied = function.__name__
+        try:
+            return self.tape.record_unseen(call, lambda: call(*args, **kwargs), args, kwargs)
+        finally:
+            self.applied = None
+
+    def function(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        if self.tape.silent:
+            return original(*args, **kwargs)
+        return self.tape.record_unseen(original, lambda: original(*args, **kwargs), args, kwargs)
+
+
+class _Operations(TorchDispatchMode):
+    """Notices what each operation costs, and those that draw random numbers."""
+
+    def __init__(self, run: _Run) -> None:
+        super().__init__()
+        self.run = run
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _draws(func, args, kwargs or {}):
+            self.run.drew()
+        out = func(*args, **(kwargs or {}))
+        self.run.tape.born |= _storages(out) - _storages((args, kwargs))
+        if torch.Tag.dynamic_output_shape in func.tags:
+            self.run.tape.shaped_by_values = True
+        self.run.tape.cost += operations(func, args, kwargs, out)
+        return out
+
+
+def _draws(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation draws random numbers; attention, marked as if it did, does so with dropout only."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    names = arguments_of(func)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return "dropout_p" not in names or bool(given.get("dropout_p"))
+
+
+def _storages(tree: Any) -> set[int]:
+    return {storage_of(leaf) for leaf in leaves(tree) if isinstance(leaf, torch.Tensor)}
+
+
+def ancestors(name: str) -> set[str]:
+    """The FQNs of the modules around a module, the root's included.
+
+    >>> sorted(ancestors("model.layers.3"))
+    ['', 'model', 'model.layers']
+    """
+    parts = name.split(".")
+    return {".".join(parts[:i]) for i in range(len(parts))} if name else set()
+
+
+def capture(
+    module: nn.Module,
+    inputs: Mapping[str, Any],
+    call: Callable[[Any], Any],
+    marks: Marks,
+    opened: frozenset[str] = frozenset(),
+) -> Recording:
+    """Run `call(inputs)`, which calls `module`, and give what its trunk did.
+
+    `inputs` maps input names to trees. A first run finds the modules in which `pipe_split()` is met; they are opened,
+    and the model runs again. Neither the model nor the inputs nor the random state are changed.
+    """
+    opened = opened | {""} | {a for name in marks for a in ancestors(name)}
+    while True:
+        _refuse_backward_hooks(module, opened)
+        recording, missed = _run(module, inputs, call, marks, opened)
+        if recording is not None:
+            return recording
+        opened |= missed
+
+
+def _refuse_backward_hooks(module: nn.Module, opened: frozenset[str]) -> None:
+    for name in opened:
+        inner = module.get_submodule(name)
+        if has_backward_hooks(inner):
+            raise CutError(
+                f"the module {name or '(the model itself)'!r} has backward hooks, and a cut lies inside it",
+                why="its backward is spread over several stages, so there is no one moment to call them",
+                remedy="register them on a submodule that stays whole, or hook the tensor in the forward",
+            )
+
+
+def _run(
+    module: nn.Module, inputs: Mapping[str, Any], call: Callable[[Any], Any], marks: Marks, opened: frozenset[str]
+) -> tuple[Recording | None, frozenset[str]]:
+    names = {id(m): name for name, m in module.named_modules()}
+    fakes = Fakes() if needs_fakes(module, inputs) else None
+    with _lock, unchanged(module), contextlib.ExitStack() as stack:
+        if fakes is not None:
+            inputs = map_leaves(fakes.of, inputs)
+            fakes.dress(module)
+            stack.enter_context(fakes.mode)
+        else:
+            copies: dict[int, Any] = {}
+            inputs = map_leaves(lambda leaf: copies.setdefault(id(leaf), _own_copy(leaf)), inputs)
+        kinds = _device_types(module)
+        ambient = Surroundings.now(kinds)
+        tape = Tape(_known(module, inputs), kinds)
+        run = _Run(names, opened, marks, tape)
+        buffers = dict(module.named_buffers())
+        before = {name: (version_of(b), b if fakes else b.detach().clone()) for name, b in buffers.items()}
+        attributes = {name: dict(module.get_submodule(name).__dict__) for name in opened}
+        stack.enter_context(intercepted(run, module))
+        stack.enter_context(_Operations(run))
+        stack.enter_context(tape)
+        try:
+            output = call(inputs)
+        except PipeworkError:
+            raise
+        except Exception as error:
+            raise _explained(error, run, fakes is not None) from error
+        if run.reopen - opened:
+            return None, frozenset(run.reopen)
+        stack.close()
+        after = dict(module.named_buffers())
+        recording = Recording(
+            entries=tuple(tape.entries),
+            input_names=tuple(name for name, leaf in named(inputs) if isinstance(leaf, torch.Tensor)),
+            output=tape.refs(output),
+            values=tuple(tape.values),
+            labels=tuple(tape.cuts),
+            opened=opened,
+            called=frozenset(run.called),
+            calls={name: frozenset(called) for name, called in run.calls.items()},
+            drawing=frozenset(run.drawing),
+            calls_before=tuple(run.calls_before),
+            written_buffers=frozenset(n for n, b in buffers.items() if _is_written(b, *before[n])),
+            changed_attributes=changes(module, attributes),
+            assigned_buffers={
+                name: Ref(tape.number(b))
+                for name, b in after.items()
+                if b is not buffers.get(name) and name.rpartition(".")[0] in opened and tape.knows(b)
+            },
+            device=_home(module, inputs),
+            on_example=fakes is None,
+            ambient=ambient,
+        )
+    if fakes is not None:
+        undress(recording.values, fakes)
+    return recording, frozenset()
+
+
+def _is_written(buffer: torch.Tensor, version: int, content: torch.Tensor) -> bool:
+    return version_of(buffer) != version or not (content is buffer or torch.equal(buffer, content))
+
+
+def _own_copy(leaf: Any) -> Any:
+    """The model may write into its inputs: it gets copies."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    with torch.no_grad():
+        twin = leaf.detach().clone(memory_format=torch.preserve_format)
+    return twin.requires_grad_(leaf.requires_grad)
+
+
+def _known(module: nn.Module, inputs: Mapping[str, Any]) -> dict[int, tuple[Origin, str]]:
+    known = {id(b): (Origin.BUFFER, name) for name, b in module.named_buffers()}
+    known |= {id(p): (Origin.PARAMETER, name) for name, p in module.named_parameters()}
+    tensors = [leaf for leaf in leaves(dict(inputs)) if isinstance(leaf, torch.Tensor)]
+    return known | {id(t): (Origin.INPUT, str(i)) for i, t in enumerate(tensors)}
+
+
+def _home(module: nn.Module, inputs: Mapping[str, Any]) -> torch.device | None:
+    tensors = [*module.parameters(), *module.buffers(), *leaves(dict(inputs))]
+    devices = {t.device for t in tensors if isinstance(t, torch.Tensor)}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def _device_types(module: nn.Module) -> tuple[str, ...]:
+    found = {"cpu", "cuda"} | {p.device.type for p in module.parameters() if p.device.type != "meta"}
+    return tuple(sorted(found))
+
+
+def _explained(error: Exception, run: _Run, fake: bool) -> CaptureError:
+    why = f"{type(error).__name__}: {error}"
+    remedy = "call the model on the same arguments by itself: it must run before it can be cut"
+    if fake:
+        remedy = (
+            "tensors on the meta device have no values: code that reads one back, or routes by one, needs real ones; "
+            "move the model and the example to a real device, or put this code in a module that stays whole"
+        )
+    return CaptureError(
+        "the model's forward did not run on the example inputs", where=f"in module {run.failed}", why=why, remedy=remedy
+    )

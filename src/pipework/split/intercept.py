@@ -1,0 +1,86 @@
+"""Hearing of the calls that torch's function modes do not see: modules, autograd functions, vmap's levels."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from pipework.split.marks import listen
+from pipework.split.torch_private import VMAP_CALLS, functorch_vmap
+
+_thread = threading.local()
+
+
+class Calls(Protocol):
+    """Whoever stands in for the calls; `original` makes the real one."""
+
+    def module(self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """`module(*args, **kwargs)`."""
+        ...
+
+    def apply(self, original: Callable[..., Any], function: type, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """`function.apply(*args, **kwargs)`."""
+        ...
+
+    def function(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """A plain call."""
+        ...
+
+    def split(self) -> None:
+        """`pipe_split()`."""
+        ...
+
+
+@contextlib.contextmanager
+def intercepted(calls: Calls, module: nn.Module) -> Iterator[None]:
+    """Route this thread's calls of modules, autograd functions and vmap's levels through `calls`."""
+    undo: list[tuple[Any, str, Any]] = []
+
+    def patch(owner: Any, attribute: str, stand_in: Callable[[Any], Any]) -> None:
+        original = owner.__dict__[attribute]
+        undo.append((owner, attribute, original))
+        setattr(owner, attribute, stand_in(original))
+
+    def module_call(original: Any) -> Any:
+        def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            mine = getattr(_thread, "calls", None)
+            return original(self, *args, **kwargs) if mine is None else mine.module(original, self, args, kwargs)
+
+        return __call__
+
+    def autograd_apply(original: Any) -> Any:
+        def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+            mine = getattr(_thread, "calls", None)
+            call = original.__func__
+            return call(cls, *args, **kwargs) if mine is None else mine.apply(call, cls, args, kwargs)
+
+        return classmethod(apply)
+
+    def vmap_call(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            mine = getattr(_thread, "calls", None)
+            return original(*args, **kwargs) if mine is None else mine.function(original, args, kwargs)
+
+        return call
+
+    owners = {owner for m in module.modules() for owner in type(m).__mro__ if "__call__" in owner.__dict__}
+    try:
+        for owner in owners:
+            patch(owner, "__call__", module_call)
+        patch(torch.autograd.Function, "apply", autograd_apply)
+        for name in VMAP_CALLS:
+            patch(functorch_vmap, name, vmap_call)
+        _thread.calls, before = calls, listen(calls.split)
+        try:
+            yield
+        finally:
+            _thread.calls = None
+            listen(before)
+    finally:
+        for owner, attribute, original in reversed(undo):
+            setattr(owner, attribute, original)

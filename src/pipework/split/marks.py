@@ -1,0 +1,58 @@
+"""Where a model is to be cut: names of modules, or a call inside a forward."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+_thread = threading.local()
+
+
+class SplitPoint(enum.Enum):
+    """Whether a stage begins before the named module, or after it.
+
+    >>> SplitPoint.BEGINNING
+    <SplitPoint.BEGINNING: 1>
+    """
+
+    BEGINNING = 1
+    END = 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mark:
+    """A cut before or after a module's call; `call` counts its calls, and None means each of them."""
+
+    point: SplitPoint
+    call: int | None = None
+
+
+Marks = Mapping[str, Sequence[Mark]]
+
+
+def pipe_split() -> None:
+    """Mark the end of a stage, anywhere in any forward, also in a loop; does nothing when the model just runs.
+
+    >>> class Model(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.one, self.two = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    ...     def forward(self, x):
+    ...         x = self.one(x)
+    ...         pipework.pipe_split()
+    ...         return self.two(x)
+    >>> pipework.pipeline(Model(), (torch.ones(2, 4),)).num_stages
+    2
+    """
+    listener = getattr(_thread, "listener", None)
+    if listener is not None:
+        listener()
+
+
+def listen(listener: Callable[[], None] | None) -> Callable[[], None] | None:
+    """Have `pipe_split()` in this thread call `listener`; gives the one before, to be put back."""
+    before = getattr(_thread, "listener", None)
+    _thread.listener = listener
+    return before

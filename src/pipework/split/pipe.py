@@ -1,0 +1,282 @@
+"""A model in stages: `pipeline` cuts it, `Pipe` is what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from pipework.errors import CutError, InputError, nearest
+from pipework.plan import Layout
+from pipework.split.arguments import Arguments, bind
+from pipework.split.capture import Recording, capture
+from pipework.split.code import compiled, written
+from pipework.split.cut import Cut, cut, refuse_fake_constants
+from pipework.split.marks import Mark, Marks, SplitPoint
+from pipework.split.measure import balanced
+from pipework.split.preserve import simple_attributes
+from pipework.split.stage import Code, Stage
+from pipework.split.table import table
+from pipework.split.tape import Origin, Ref, Surroundings
+from pipework.split.torch_private import parameters_of
+from pipework.split.trees import map_leaves
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Variant:
+    """A cut for inputs of one signature, in one state of the model's modes."""
+
+    cut: Cut
+    codes: tuple[Code, ...]
+    sources: tuple[str, ...]
+    drawing: Mapping[str, frozenset[str]]
+    calls_before: tuple[Mapping[str, int], ...]
+    on_example: bool
+    changed_attributes: tuple[tuple[str, str, Any], ...]
+
+    def rebuild(self, results: Sequence[torch.Tensor]) -> Any:
+        """The model's own output from the tensors that the last stage returns for it."""
+        tensors = dict(zip(self.cut.results, results, strict=True))
+        return map_leaves(lambda leaf: tensors[leaf.index] if isinstance(leaf, Ref) else leaf, self.cut.output)
+
+
+@final
+class Pipe(nn.Module):
+    """A model in stages, whose tensors are the model's own.
+
+    Calling it runs the stages one after another in this process, differentiable from end to end; it returns what the
+    model returns, except that a bare tensor comes as a tuple of one. `print(pipe)` shows the cut.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> pipe = pipework.pipeline(model, (torch.ones(2, 4),), split_spec={"2": pipework.SplitPoint.BEGINNING})
+    >>> pipe.num_stages
+    2
+    >>> torch.equal(pipe(torch.ones(2, 4))[0], model(torch.ones(2, 4)))
+    True
+    >>> print(pipe)
+    stage  modules  parameters  sends per microbatch
+        0  0, 1             40  to 1: 64 B
+        1  2                18  -
+    """
+
+    def __init__(self, model: nn.Module, example: Arguments, marks: Marks) -> None:
+        super().__init__()
+        # In a tuple, so that nn.Module does not take the model in as a child: the stages hold its parts.
+        self._model = (model,)
+        self._marks, self._example, self._opened = marks, example, frozenset[str]()
+        self._trunk: tuple[nn.Module, ...] = ()  # the open modules
+        self._tables = tuple(parameters_of(m) for m in model.modules())
+        self._variants: dict[tuple[Any, ...], Variant] = {}
+        self._stages = nn.ModuleList()
+        first = self.variant(example)
+        self.num_stages = len(first.cut.parts)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that was cut; never changed, and sharing its parameters with the stages."""
+        return self._model[0]
+
+    @property
+    def example(self) -> Arguments:
+        """The call that the model was cut on."""
+        return self._example
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], partial: bool = False) -> Arguments:
+        """The arguments of a call by name; with `partial`, some may be left out."""
+        return bind(self.model, args, kwargs, partial, self._example.signature)
+
+    def get_stage_module(self, index: int) -> Stage:
+        """Stage number `index`, from 0; raises `InputError` for one that is not there."""
+        if not 0 <= index < self.num_stages:
+            raise InputError(f"there is no stage {index}", remedy=f"the stages are 0 to {self.num_stages - 1}")
+        stage = self._stages[index]
+        assert isinstance(stage, Stage)
+        return stage
+
+    def layout(self, ranks: int, vee: bool = False) -> Layout:
+        """Which rank holds which stage, and which stage feeds which: stages go round the ranks, or down and up again.
+
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(4)])
+        >>> pipe = pipework.pipeline(model, (torch.ones(2, 4),), stages=4)
+        >>> pipe.layout(ranks=2).rank_of, pipe.layout(ranks=2, vee=True).rank_of
+        ((0, 1, 0, 1), (0, 1, 1, 0))
+        """
+        if ranks < 1 or self.num_stages % ranks or (vee and self.num_stages != 2 * ranks):
+            raise InputError(
+                f"{self.num_stages} stages cannot be laid on {ranks} ranks{' in a V' if vee else ''}",
+                why="each rank holds the same number of stages" + (", two in a V" if vee else ""),
+                remedy="choose ranks that divide the stages, or cut the model into another number of stages",
+            )
+        plain = Layout.vee(ranks) if vee else Layout.loop(ranks, self.num_stages // ranks)
+        return self.lay(plain, self.variant(self._example))
+
+    @staticmethod
+    def lay(layout: Layout, variant: Variant) -> Layout:
+        """The layout with the edges of a variant."""
+        edges = variant.cut.edges
+        return Layout(
+            layout.rank_of,
+            frozenset((e.source, e.target) for e in edges),
+            frozenset((e.source, e.target) for e in edges if any(w.gradient for w in e.wires)),
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run all stages on what the model itself would be called with."""
+        arguments = self.bind(args, kwargs)
+        variant = self.variant(arguments)
+        inputs = arguments.tensors()
+        values: dict[int, torch.Tensor] = {}
+        for part, code, stage in zip(variant.cut.parts, variant.codes, self._stages, strict=True):
+            given = [*(inputs[position] for _, position in part.inputs), *(values[i] for i in part.received)]
+            values |= zip(part.outputs, code(stage, *given), strict=True)
+        self.ran(variant)
+        output = variant.rebuild([values[i] for i in variant.cut.results])
+        return (output,) if isinstance(output, torch.Tensor) else output
+
+    def train(self, mode: bool = True) -> Pipe:
+        """Put the stages and the model in train or eval mode."""
+        super().train(mode)
+        self.model.train(mode)  # last, since a model may overrule the mode of some of its parts
+        return self
+
+    def _set_mode(self, mode: bool) -> None:
+        """The trunk's modules are in no stage, but their mode decides what the trunk does."""
+        for module in self._trunk:
+            module.training = mode
+
+    def variant(self, arguments: Arguments) -> Variant:
+        """The cut for these arguments and the model's present modes; captured when first met, looked up afterwards."""
+        key = arguments.key(), Surroundings.now(), self._frozen()
+        found = self._variants.get((*key, self._trunk_state()))
+        if found is None:
+            recording = self._capture(arguments)
+            if recording.opened != self._opened:  # in the first capture it turns out which modules are open
+                self._opened = recording.opened
+                self._trunk = tuple(self.model.get_submodule(name) for name in sorted(self._opened))
+            found = self._build(recording)
+            self._variants[(*key, self._trunk_state())] = found
+        return found
+
+    def _frozen(self) -> tuple[bool, ...]:
+        """Which parameters are trained; those that are not let gradients end elsewhere."""
+        return tuple([p.requires_grad for table in self._tables for p in table.values() if p is not None])
+
+    def _trunk_state(self) -> tuple[Any, ...]:
+        """The modes and other plain attributes of the open modules."""
+        return tuple(tuple(simple_attributes(module).items()) for module in self._trunk)
+
+    def ran(self, variant: Variant) -> None:
+        """Give the model's plain attributes (a counter, a flag) the values that one forward leaves in them."""
+        for module, name, value in variant.changed_attributes:
+            setattr(self.model.get_submodule(module), name, value)
+
+    def _capture(self, arguments: Arguments) -> Recording:
+        recording = capture(
+            self.model,
+            arguments.values,
+            lambda values: arguments.with_values(values).call(self.model),
+            self._marks,
+            self._opened,
+        )
+        _refuse_unmet(self.model, self._marks, recording)
+        refuse_fake_constants(recording.values)
+        return recording
+
+    def _build(self, recording: Recording) -> Variant:
+        whole = cut(recording)
+        if not self._variants:
+            for index in range(len(whole.parts)):
+                self._stages.append(Stage(index, lambda i=index: self._chosen(i), self._set_mode))
+        elif len(whole.parts) != len(self._stages):
+            raise CutError(
+                f"on these inputs the model has {len(whole.parts)} stages, and on the example {len(self._stages)}",
+                why="the number of cuts met in the forward depends on the inputs",
+                remedy="cut at named modules, or outside loops whose length depends on the inputs",
+            )
+        ambient = recording.ambient
+        sources, codes = [], []
+        for part, stage in zip(whole.parts, self._stages, strict=True):
+            assert isinstance(stage, Stage)
+            constants = {i: recording.values[i].tensor for i, (o, _) in part.owned.items() if o is Origin.CONSTANT}
+            source, names = written(part, recording, ambient, stage.hold(part, self.model, constants))
+            sources.append(source)
+            codes.append(compiled(source, names, part.index))
+        return Variant(
+            whole,
+            tuple(codes),
+            tuple(sources),
+            {name: recording.calls.get(name, frozenset()) for name in recording.drawing},
+            recording.calls_before,
+            recording.on_example,
+            recording.changed_attributes,
+        )
+
+    def _chosen(self, index: int) -> tuple[Code, str]:
+        variant = self.variant(self._example)
+        return variant.codes[index], variant.sources[index]
+
+    def __repr__(self) -> str:
+        return table(self)
+
+
+def pipeline(
+    module: nn.Module,
+    mb_args: tuple[Any, ...] = (),
+    mb_kwargs: Mapping[str, Any] | None = None,
+    split_spec: Mapping[str, SplitPoint] | None = None,
+    stages: int | None = None,
+) -> Pipe:
+    """Cut a model into stages on one example microbatch.
+
+    The cuts are where `pipe_split()` is met in a forward, before or after the modules named in `split_spec`, or, with
+    `stages=N`, where they balance best. The model itself is not changed; the stages share its parameters. A model on
+    the meta device is cut without memory for its weights.
+
+    Raises `CutError` where a cut cannot be made and `CaptureError` where the forward does not run on the example.
+
+    >>> model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(4)])
+    >>> pipe = pipework.pipeline(model, (torch.ones(2, 4),), split_spec={"2": pipework.SplitPoint.BEGINNING})
+    >>> [list(dict(s.named_children())) for s in (pipe.get_stage_module(0), pipe.get_stage_module(1))]
+    [['0', '1'], ['2', '3']]
+    """
+    example = bind(module, tuple(mb_args), dict(mb_kwargs or {}))
+    if stages is not None and split_spec:
+        raise CutError("both split_spec and stages were given", why="each says where to cut", remedy="pass one of them")
+    marks = _marks(module, split_spec or {}) if stages is None else balanced(module, example, stages)
+    return Pipe(module, example, marks)
+
+
+def _marks(module: nn.Module, split_spec: Mapping[str, SplitPoint]) -> dict[str, list[Mark]]:
+    modules = dict(module.named_modules(remove_duplicate=False))
+    canonical = {id(m): name for name, m in module.named_modules()}
+    marks: dict[str, list[Mark]] = {}
+    for name, point in split_spec.items():
+        if not name or name not in modules:
+            raise CutError(
+                f"there is no module {name!r}",
+                why="a split spec names submodules by their FQN" + nearest(name, modules),
+                remedy="see model.named_modules() for the names",
+            )
+        if not isinstance(point, SplitPoint):
+            raise CutError(
+                f"{point!r} is no place to cut at {name!r}", remedy="use SplitPoint.BEGINNING or SplitPoint.END"
+            )
+        marks.setdefault(canonical[id(modules[name])], []).append(Mark(point))
+    return marks
+
+
+def _refuse_unmet(module: nn.Module, marks: Marks, recording: Recording) -> None:
+    for name in marks:
+        if name in recording.called:
+            continue
+        children = [f"{name}.{child}" for child, _ in module.get_submodule(name).named_children()]
+        inside = [c for c in children if c in recording.called]
+        near = f"; its children are: {', '.join(inside[:4])}" if inside else nearest(name, recording.called - {""})
+        raise CutError(
+            f"the module {name!r} is never called in the forward",
+            why="a cut lies before or after a module's call" + near,
+            remedy="name a module that the forward calls (of a ModuleList, name one of its items)",
+        )

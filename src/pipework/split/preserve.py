@@ -1,0 +1,68 @@
+"""What a run of a model leaves behind in it: put back, and told."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipework.errors import CaptureError
+
+_SIMPLE = (type(None), bool, int, float, str)
+
+
+@contextlib.contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Put back whatever a run of the model changes: attributes, buffers, random states."""
+    saved = [(m, dict(m.__dict__), _containers(m)) for m in module.modules()]
+    plain = [v for m in module.modules() for v in m.__dict__.values() if isinstance(v, torch.Tensor)]
+    contents = [(t, t.detach().clone()) for t in (*module.buffers(), *plain) if not t.is_meta]
+    gpus = {t.device.index for t in (*module.parameters(), *module.buffers()) if t.device.type == "cuda"}
+    python_state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=sorted(gpus)):
+            yield
+    finally:
+        random.setstate(python_state)
+        for m, attributes, containers in saved:
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+            for container, content in containers:
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+        with torch.no_grad():
+            for tensor, content in contents:
+                if not torch.equal(tensor, content):  # batch_norm writes its statistics without a change of version
+                    tensor.copy_(content)
+
+
+def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The module's dicts, lists and sets (parameters, hooks, counters of its own), each with a copy."""
+    return [(v, v.copy()) for v in module.__dict__.values() if isinstance(v, (dict, list, set))]
+
+
+def simple_attributes(module: nn.Module) -> dict[str, Any]:
+    """The module's plain Python values (flags, counters, rates), on which its forward may branch."""
+    return {name: value for name, value in module.__dict__.items() if type(value) in _SIMPLE}
+
+
+def changes(module: nn.Module, before: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[str, str, Any], ...]:
+    """The plain attributes that the trunk changed, as (module, name, value); a tensor among them is refused."""
+    found: list[tuple[str, str, Any]] = []
+    for name, attributes in before.items():
+        now = module.get_submodule(name).__dict__
+        for key, old in attributes.items():
+            new = now.get(key, old)
+            if isinstance(old, torch.Tensor) and new is not old:
+                raise CaptureError(
+                    f"the trunk assigns a new tensor to the attribute {f'{name}.{key}'.lstrip('.')!r}",
+                    why="an attribute that is no buffer is a constant: the next forward would read the old one",
+                    remedy="register it as a buffer (register_buffer, persistent=False if it need not be saved)",
+                )
+            if type(old) in _SIMPLE and type(new) in _SIMPLE and new != old:
+                found.append((name, key, new))
+    return tuple(found)

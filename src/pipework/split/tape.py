@@ -1,0 +1,330 @@
+"""What a model's trunk does, written down call by call.
+
+The model's own Python runs once under a `TorchFunctionMode`. Each torch call made in an open module becomes an entry,
+and so does each call of a closed module, whose inside is left alone. Tensors are numbered in the order in which they
+are first seen; a number stands for one Python tensor, whatever is later written into it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from pipework.errors import CaptureError
+from pipework.split.torch_private import storage_of, version_of, without_function_mode
+from pipework.split.trees import hidden, leaves, map_leaves
+
+
+class Ref:
+    """A tensor on the tape, by its number. No dataclass, since those are taken apart as containers."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ClosedModule:
+    """The call of a module that stays whole, by its FQN."""
+
+    name: str
+
+
+class Origin(enum.Enum):
+    """Where a value comes from that no entry makes."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    INPUT = "input"
+    CONSTANT = "constant"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class State:
+    """What a value is worth once a stage has made it or written into it."""
+
+    stage: int
+    requires_grad: bool
+    node: Any  # the autograd node that its gradient goes to
+
+
+@dataclasses.dataclass(slots=True)
+class Value:
+    """One numbered tensor: its layout, who made it, and with whom it shares memory."""
+
+    index: int
+    tensor: torch.Tensor
+    storage: int
+    origin: Origin | None = None
+    name: str = ""  # FQN of a parameter or buffer, path of an input
+    maker: int | None = None  # the entry that made it
+    dynamic: bool = False  # its shape depends on values, so that who reads the shape needs a guard
+    states: list[State] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Surroundings:
+    """The ambient switches under which a call was made: gradients on, autocast as (device type, on, dtype)."""
+
+    grad: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @classmethod
+    def now(cls, device_types: Iterable[str] = ("cpu", "cuda")) -> Surroundings:
+        """Those of this moment."""
+        autocast = tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in device_types)
+        return cls(torch.is_grad_enabled(), autocast)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """The same switches in another thread, which does not inherit them."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            for device, enabled, dtype in self.autocast:
+                if enabled:
+                    stack.enter_context(torch.autocast(device, dtype))
+            yield
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Draw:
+    """Which stream of random numbers a call draws from: the module's, its call, and how many children it had called."""
+
+    module: str
+    call: int
+    segment: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """One call: `result = target(*args, **kwargs)`, with tensors as `Ref`."""
+
+    stage: int
+    target: Callable[..., Any] | ClosedModule
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    result: Any
+    writes: frozenset[int]
+    surroundings: Surroundings
+    readback: bool  # the result is a Python value read out of a tensor: a guard
+    draw: Draw | None
+    modules: tuple[str, ...]  # called inside a custom autograd.Function (a reentrant checkpoint)
+    source: str  # file:line of the model's own code
+    cost: float  # operations, counted
+
+    def reads(self) -> list[int]:
+        """The values that the call is given."""
+        return [leaf.index for leaf in leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Ref)]
+
+    def makes(self) -> list[int]:
+        """The values in its result."""
+        return [leaf.index for leaf in leaves(self.result) if isinstance(leaf, Ref)]
+
+    def holds(self) -> tuple[str, ...]:
+        """The closed modules that the call needs."""
+        return (self.target.name, *self.modules) if isinstance(self.target, ClosedModule) else self.modules
+
+    @property
+    def title(self) -> str:
+        """What is called, for people."""
+        return self.target.name if isinstance(self.target, ClosedModule) else name_of(self.target)
+
+
+READBACKS = frozenset({"__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__array__"})
+READBACKS |= {"item", "tolist", "numpy", "equal", "is_nonzero", "allclose"}
+"""Calls that read a tensor's values into Python, on which the forward may branch."""
+
+EFFECTS = frozenset({"__setitem__", "__set__", "register_hook", "retain_grad", "_assert_async", "backward"})
+EFFECTS |= {"_vmap_increment_nesting", "_vmap_decrement_nesting"}
+"""Calls that return no tensor and yet do something; any other such call states a fact (size, dtype, ...)."""
+
+SHAPES = frozenset({"shape", "size", "__len__", "numel", "nelement"})
+"""Facts that are guarded like values where they depend on values (after nonzero, ...)."""
+
+_LIBRARIES = tuple(os.path.dirname(sys.modules[name].__file__ or "") + os.sep for name in ("torch", "pipework"))
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The plain name of a torch function; of a property, the property's."""
+    name = getattr(function, "__name__", type(function).__name__)
+    if name in ("__get__", "__set__"):
+        return getattr(getattr(function, "__self__", None), "__name__", name)
+    return name
+
+
+def user_line() -> str:
+    """file:line of the innermost frame that belongs neither to torch nor to pipework."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_LIBRARIES) and not name.startswith("<"):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+class Tape(TorchFunctionMode):
+    """Records the calls made while it is active; closed calls are made through `close`."""
+
+    def __init__(self, known: Mapping[int, tuple[Origin, str]], device_types: Iterable[str]) -> None:
+        super().__init__()
+        self.known = known
+        self.device_types = tuple(device_types)
+        self.entries: list[Entry] = []
+        self.values: list[Value] = []
+        self.cuts: list[str] = []  # what made each, in order
+        self.silent = 0  # depth of closed modules: their calls are theirs
+        self.where = Draw("", 0, 0)  # the stream of the open module whose forward is running
+        self.drew = False
+        self.cost = 0.0
+        self.shaped_by_values = False  # an operation ran whose result's shape depends on values (nonzero, ...)
+        self.within: list[str] = []
+        self.born: set[int] = set()  # storages made during the run, by open and closed code alike
+        self._numbers: dict[int, int] = {}
+        self._sharing: dict[int, list[Value]] = {}
+
+    @property
+    def stage(self) -> int:
+        """The stage that the calls belong to now."""
+        return len(self.cuts)
+
+    def number(self, tensor: torch.Tensor) -> int:
+        """The number of a tensor that is used; one never seen before came from outside the tape."""
+        index = self._numbers.get(id(tensor))
+        if index is None:
+            origin, name = self.known.get(id(tensor), (Origin.CONSTANT, ""))
+            if origin is Origin.CONSTANT and storage_of(tensor) in self.born:
+                self._refuse_leaked(tensor)
+            index = self._new(tensor, None)
+            self.values[index].origin, self.values[index].name = origin, name
+        return index
+
+    @staticmethod
+    def _refuse_leaked(tensor: torch.Tensor) -> None:
+        raise CaptureError(
+            f"a tensor of shape {tuple(tensor.shape)} is used that came out of a module other than by its return",
+            where=user_line(),
+            why="a hook, an attribute or an object passed in carries it, which the stages cannot see",
+            remedy="return it from the module's forward, or cut so that maker and user lie in one whole module",
+        )
+
+    def _refuse_carriers(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """No object may carry tensors past the stages; transformers' key-value cache is one that does."""
+        for leaf in leaves((args, dict(kwargs))):
+            if any(storage_of(tensor) in self.born for tensor in hidden(leaf)):
+                raise CaptureError(
+                    f"the module {name!r} is given an object of type {type(leaf).__name__} that carries activations",
+                    where=user_line(),
+                    why="what a stage takes in and hands on are tensors, in containers that can be taken apart",
+                    remedy="pass use_cache=False if it is a key-value cache; else pass tensors",
+                )
+
+    def _is_dynamic(self, tensor: torch.Tensor) -> bool:
+        index = self._numbers.get(id(tensor))
+        return index is not None and self.values[index].dynamic
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor was seen before, or is one of the model's or the inputs."""
+        return id(tensor) in self._numbers or id(tensor) in self.known
+
+    def _new(self, tensor: torch.Tensor, maker: int | None) -> int:
+        index = len(self.values)
+        self._numbers[id(tensor)] = index  # `values` keeps the tensor alive, so its id stays its own
+        value = Value(index, tensor, storage_of(tensor), maker=maker)
+        self.values.append(value)
+        self._sharing.setdefault(value.storage, []).append(value)
+        self._note(value)
+        return index
+
+    def _note(self, value: Value) -> None:
+        value.states.append(State(self.stage, value.tensor.requires_grad, value.tensor.grad_fn))
+
+    def refs(self, tree: Any) -> Any:
+        """The tree with every tensor as its `Ref`."""
+        return map_leaves(lambda leaf: Ref(self.number(leaf)) if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.silent:
+            return func(*args, **kwargs)
+        return self.record(func, lambda: func(*args, **kwargs), args, kwargs)
+
+    def close(self, name: str, call: Callable[[], Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call a closed module: one entry, whatever happens inside."""
+
+        def silently() -> Any:
+            self._refuse_carriers(name, args, kwargs)
+            self.silent += 1
+            try:
+                # A module that hands back what it was given (dropout in eval mode) gives a new value all the same,
+                # since in another mode it may not.
+                return map_leaves(lambda x: x.view_as(x) if self._is_seen(x) else x, call())
+            finally:
+                self.silent -= 1
+                self._refuse_carriers(name, args, kwargs)
+
+        return self.record_unseen(ClosedModule(name), silently, args, kwargs)
+
+    def record_unseen(
+        self, target: Any, call: Callable[[], Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """`record` for a call that torch does not route through function modes by itself."""
+        with without_function_mode():
+            return self.record(target, call, args, kwargs)
+
+    def _is_seen(self, leaf: Any) -> bool:
+        return isinstance(leaf, torch.Tensor) and self.knows(leaf)
+
+    def record(self, target: Any, call: Callable[[], Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Make the call and write it down, unless it only stated a fact about a tensor."""
+        given = {id(t): t for t in leaves((args, dict(kwargs))) if isinstance(t, torch.Tensor)}
+        before = {key: version_of(t) for key, t in given.items()}
+        surroundings = Surroundings.now(self.device_types)
+        self.drew, self.cost, self.shaped_by_values, self.within = False, 0.0, False, []
+        out = call()
+        closed = isinstance(target, ClosedModule)
+        plain = "" if closed else getattr(target, "__name__", "")
+        made = [leaf for leaf in leaves(out) if isinstance(leaf, torch.Tensor)]
+        written = [t for key, t in given.items() if version_of(t) != before[key]]
+        dynamic = self.shaped_by_values or any(self._is_dynamic(t) for t in given.values())
+        readback = plain in READBACKS or (dynamic and not made and name_of(target) in SHAPES)
+        if not (closed or made or written or readback or plain in EFFECTS) or plain == "_set_grad_enabled":
+            return out
+        reference = self.refs((args, dict(kwargs)))
+        index = len(self.entries)
+        writes = frozenset(self.number(t) for t in written)
+        for storage in {self.values[write].storage for write in writes}:
+            for value in self._sharing[storage]:  # a write through one view is seen through all
+                self._note(value)
+        for tensor in made:
+            if id(tensor) not in self._numbers:
+                self.values[self._new(tensor, index)].dynamic = dynamic
+        draw = self.where if self.drew and not closed else None
+        result = self.refs(out)
+        entry = Entry(
+            stage=self.stage,
+            target=target,
+            args=reference[0],
+            kwargs=reference[1],
+            result=result,
+            writes=writes,
+            surroundings=surroundings,
+            readback=readback,
+            draw=draw,
+            modules=tuple(dict.fromkeys(self.within)),
+            source=user_line(),
+            cost=self.cost,
+        )
+        self.entries.append(entry)
+        return out

@@ -1,0 +1,86 @@
+"""Every private name of torch that pipework touches, in one place; a test checks that each still exists."""
+
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch._C import _current_graph_task_id as graph_task
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import _pop_mode_temporarily as without_function_mode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import SUPPORTED_NODES as PYTREE_NODES
+
+functorch_vmap = importlib.import_module("torch._functorch.vmap")
+"""The module in which vmap looks up the four calls below, which no function mode sees."""
+
+VMAP_CALLS = ("_add_batch_dim", "_remove_batch_dim", "_vmap_increment_nesting", "_vmap_decrement_nesting")
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """A number shared by the tensors that share memory; each tensor without a storage (sparse, ...) has its own."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return -id(tensor)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often the tensor, or a view of it, has been written in place; 0 for inference tensors, which do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def in_backward() -> bool:
+    """Whether this thread runs inside a backward pass, as a checkpoint's second forward does."""
+    return graph_task() != -1
+
+
+def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
+    """The module's own table of parameters, not a copy."""
+    return module._parameters
+
+
+def buffers_of(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
+    """The module's own table of buffers, not a copy."""
+    return module._buffers
+
+
+def children_of(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
+    """The module's own table of children, not a copy."""
+    return module._modules
+
+
+def is_persistent(module: torch.nn.Module, buffer: str) -> bool:
+    """Whether the module's buffer is saved in its state dict."""
+    return buffer not in module._non_persistent_buffers_set
+
+
+def has_backward_hooks(module: torch.nn.Module) -> bool:
+    """Whether anything is to be called in the module's backward."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def arguments_of(operation: torch._ops.OpOverload) -> list[str]:
+    """The names of an operation's arguments."""
+    return [argument.name for argument in operation._schema.arguments]
+
+
+__all__ = [
+    "PYTREE_NODES",
+    "VMAP_CALLS",
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "arguments_of",
+    "buffers_of",
+    "children_of",
+    "functorch_vmap",
+    "has_backward_hooks",
+    "in_backward",
+    "is_persistent",
+    "parameters_of",
+    "storage_of",
+    "version_of",
+    "without_function_mode",
+]
