@@ -1,0 +1,290 @@
+"""The five commands. Those that only plan never import torch."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipework.cli.terminal import percent, print_timeline
+from pipework.errors import InputError, ScheduleError, nearest
+from pipework.plan import FAMILIES, Costs, Layout, Schedule, Timeline, is_local, simulate, transfers
+from pipework.show import html, trace
+
+app = typer.Typer(
+    help="Pipeline parallelism for PyTorch: cut a model, plan its schedule, prove it equal, see it run.",
+    epilog="Each command says more with --help, and prints JSON with --json.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_FAMILIES = ", ".join(FAMILIES)
+
+Family = Annotated[str, typer.Argument(metavar="FAMILY", help=f"One of {_FAMILIES}.")]
+Families = Annotated[
+    list[str] | None, typer.Argument(metavar="[FAMILY]...", help=f"Of {_FAMILIES}; all that train unless given.")
+]
+Factory = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FACTORY", help="A function that gives the model, (model, args) or (model, args, kwargs)."
+    ),
+]
+Example = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="A function that gives the model's input: a tensor, args, kwargs or (args, kwargs).",
+    ),
+]
+Stages = Annotated[int | None, typer.Option(min=1, help="Cut into so many stages, balanced by counted cost.")]
+At = Annotated[
+    list[str] | None, typer.Option(metavar="NAME[:end]", help="Cut before (or after) this module; may be repeated.")
+]
+Ranks = Annotated[int, typer.Option(min=1, help="Number of ranks.")]
+Microbatches = Annotated[int, typer.Option(min=1, help="Number of microbatches.")]
+Seconds = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="How long it takes.")]
+Page = Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw to an HTML page.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(min=1, help="Number of training steps.")] = 200,
+    ranks: Annotated[int, typer.Option(min=2, help="Number of processes, one stage each.")] = 2,
+    page: Annotated[Path, typer.Option(metavar="FILE", help="The HTML page to write.")] = Path("pipework-demo.html"),
+    json: Json = False,
+) -> int:
+    """A small GPT learns Python's standard library, as a pipeline of processes proven equal to the unsplit model."""
+    _require_folder(page)
+    from pipework.cli.launch import launch
+    from pipework.demo import run
+
+    told = launch(ranks, run, steps, page, json)[0]
+    if json:
+        _print_json(told)
+    return 0 if told["equal"] else 1
+
+
+@app.command()
+def split(factory: Factory, example: Example = None, stages: Stages = None, at: At = None, json: Json = False) -> None:
+    """Cut a model and print its stages: modules, parameters, bytes sent per microbatch.
+
+    Without --stages and --at the cuts are where the model calls pipe_split(). The input is one microbatch.
+
+    Try it: pipework split examples.gpt:build --example examples.gpt:example_input --stages 4
+    """
+    from pipework.cli.load import blamed, split_spec, subject
+    from pipework.split import pipeline
+    from pipework.split.table import rows
+
+    given = subject(factory, example)
+    with blamed("cutting the model"):
+        pipe = pipeline(given.model, given.args, given.kwargs, split_spec=split_spec(at or ()) or None, stages=stages)
+    if json:
+        _print_json({"stages": rows(pipe)})
+    else:
+        typer.echo(str(pipe))
+
+
+@app.command()
+def draw(  # noqa: PLR0913, PLR0917 - an option each
+    family: Family,
+    ranks: Ranks = 4,
+    microbatches: Microbatches = 8,
+    per_rank: Annotated[
+        int | None, typer.Option(min=1, help="Stages per rank; unless given, 1 where the family allows it, else 2.")
+    ] = None,
+    forward: Seconds = 1.0,
+    input_gradient: Seconds = 1.0,
+    weight_gradient: Seconds = 1.0,
+    transfer: Seconds = 0.0,
+    page: Page = None,
+    trace_file: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE", help="Also write a trace for ui.perfetto.dev.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Draw a schedule as a grid of ranks over time. The durations are those of one stage's work on one microbatch."""
+    schedule = _schedule(family, ranks, (1, 2) if per_rank is None else (per_rank,), microbatches)
+    timeline = simulate(schedule, Costs(forward, input_gradient, weight_gradient, transfer))
+    if page is not None:
+        _write(page, html.page({family: timeline}, title=schedule.describe()))
+    if trace_file is not None:
+        _write(trace_file, trace.perfetto({family: timeline}))
+    if json:
+        _print_json({**_figures(timeline), "spans": _spans(timeline)})
+    else:
+        print_timeline(Console(), timeline)
+
+
+@app.command()
+def compare(  # noqa: PLR0913, PLR0917 - an option each
+    families: Families = None,
+    ranks: Ranks = 4,
+    microbatches: Microbatches = 8,
+    per_rank: Annotated[
+        int, typer.Option(min=1, help="Stages per rank of the families that take several; the others have one.")
+    ] = 2,
+    forward: Seconds = 1.0,
+    input_gradient: Seconds = 1.0,
+    weight_gradient: Seconds = 1.0,
+    transfer: Seconds = 0.0,
+    page: Page = None,
+    json: Json = False,
+) -> None:
+    """Compare schedules of one model side by side.
+
+    The durations are those of one rank's share of the model on one microbatch, all its stages together, so that
+    families with one stage per rank and with several compare. Activations are counted in such shares, too.
+    """
+    timelines: dict[str, Timeline] = {}
+    refused: dict[str, ScheduleError] = {}
+    for family in dict.fromkeys(families or _training_families()):
+        try:
+            schedule = _schedule(family, ranks, (per_rank, 1), microbatches)
+        except ScheduleError as error:
+            refused[family] = error
+            continue
+        share = ranks / schedule.layout.stages
+        costs = Costs(share * forward, share * input_gradient, share * weight_gradient, transfer, activation=share)
+        timelines[family] = simulate(schedule, costs)
+    if not timelines:
+        raise next(iter(refused.values()))
+    if page is not None:
+        _write(page, html.page(timelines, title=f"{ranks} ranks, {microbatches} microbatches"))
+    if json:
+        figures = [_figures(timeline) for timeline in timelines.values()]
+        _print_json({"schedules": figures, "refused": {family: error.what for family, error in refused.items()}})
+    else:
+        _print_comparison(timelines, refused)
+
+
+@app.command()
+def verify(  # noqa: PLR0913, PLR0917 - an option each
+    factory: Factory,
+    example: Example = None,
+    stages: Stages = None,
+    at: At = None,
+    schedule: Annotated[str, typer.Option(metavar="FAMILY", help=f"One of {_FAMILIES}.")] = "one_f_one_b",
+    ranks: Ranks = 2,
+    microbatches: Microbatches = 4,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="From the model's output to a loss; unless given, the mean square of the output.",
+        ),
+    ] = None,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="Ranks as processes over Gloo; else as threads.")
+    ] = False,
+    json: Json = False,
+) -> int:
+    """Prove that a pipelined step equals the unsplit model: loss, outputs, every gradient, bit by bit.
+
+    The input is a whole batch. Without --stages and --at the cuts are where the model calls pipe_split(), else one
+    stage per rank. Exit code 0: equal; 1: different.
+
+    Try it: pipework verify examples.gpt:build --example examples.gpt:example_input --ranks 4
+    """
+    from pipework.cli.proof import Proof
+
+    _require_family(schedule)
+    proof = Proof(factory, example, stages, tuple(at or ()), schedule, ranks, microbatches, loss)
+    report = proof.on_processes() if processes else proof.on_threads()
+    if json:
+        _print_json(report.as_dict())
+    else:
+        typer.echo(report.text())
+    return 0 if report.equal else 1
+
+
+def _schedule(family: str, ranks: int, per_rank: Sequence[int], microbatches: int) -> Schedule:
+    """The family's schedule over the first number of stages per rank that it takes."""
+    _require_family(family)
+    refusals: dict[int, ScheduleError] = {}
+    for stages in per_rank:
+        try:
+            return FAMILIES[family](Layout.loop(ranks, stages), microbatches)
+        except ScheduleError as refusal:
+            refusals[stages] = refusal
+    # A family that refuses one stage per rank wants several: what it says to the most stages is about the rest.
+    raise refusals[max(refusals)]
+
+
+def _require_family(name: str) -> None:
+    if name not in FAMILIES:
+        raise InputError(f"there is no schedule {name!r}{nearest(name, FAMILIES)}", remedy=f"use one of {_FAMILIES}")
+
+
+def _training_families() -> Iterator[str]:
+    return (name for name in FAMILIES if name != "forward_only")
+
+
+def _figures(timeline: Timeline) -> dict[str, Any]:
+    schedule = timeline.schedule
+    layout = schedule.layout
+    sent = (transfer for order in schedule.orders for action in order for transfer in transfers(action, schedule))
+    return {
+        "schedule": schedule.name,
+        "ranks": layout.ranks,
+        "stages": layout.stages,
+        "microbatches": schedule.microbatches,
+        "makespan": timeline.makespan,
+        "span": timeline.span,
+        "bubble": timeline.bubble,
+        "bubble_of_span": timeline.bubble_of_span,
+        "peaks": timeline.peaks,
+        "transfers": sum(not is_local(transfer, layout) for transfer in sent),
+    }
+
+
+def _spans(timeline: Timeline) -> list[dict[str, Any]]:
+    return [
+        {"rank": span.rank, "action": str(span.action), "start": span.start, "end": span.end} for span in timeline.spans
+    ]
+
+
+def _print_comparison(timelines: Mapping[str, Timeline], refused: Mapping[str, ScheduleError]) -> None:
+    table = Table("schedule", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("stages", "makespan", "span", "bubble", "peak", "transfers"):
+        table.add_column(column, justify="right")
+    for family, timeline in timelines.items():
+        figures = _figures(timeline)
+        table.add_row(
+            family,
+            str(figures["stages"]),
+            f"{timeline.makespan:.4g} s",
+            f"{timeline.span:.4g} s",
+            percent(timeline.bubble),
+            f"{max(timeline.peaks):.4g}",
+            str(figures["transfers"]),
+        )
+    console = Console()
+    console.print(table)
+    for error in refused.values():
+        console.print(f"{error.what}; {error.remedy}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _require_folder(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder {path.parent}", remedy=f"create it, or write {path.name} elsewhere")
+
+
+def _print_json(data: object) -> None:
+    typer.echo(jsonlib.dumps(data, indent=2))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror}", remedy="name a file in a folder that exists"
+        ) from error

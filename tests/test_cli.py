@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipework.cli import main
+from pipework.cli.load import split_spec
+from pipework.plan import FAMILIES
+from pipework.split import SplitPoint
+
+Capture = pytest.CaptureFixture[str]
+
+
+class Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+        self.third = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.third(self.second(self.first(x)) * scale)
+
+
+def line() -> Line:
+    print("building")  # must not get between the lines of JSON
+    return Line()
+
+
+def batch() -> Tensor:
+    return torch.ones(8, 4)
+
+
+def keyword_batch() -> tuple[tuple[Tensor, ...], dict[str, float]]:
+    return (torch.ones(8, 4),), {"scale": 0.5}
+
+
+def line_and_batch() -> tuple[Line, tuple[Tensor, ...]]:
+    return Line(), (torch.ones(8, 4),)
+
+
+def fails() -> nn.Module:
+    raise ValueError("no such\nweights")
+
+
+def three() -> int:
+    return 3
+
+
+def sum_of(output: Tensor) -> Tensor:
+    return output.sum()
+
+
+class Counting(nn.Linear):
+    """Not the same twice."""
+
+    calls = 0
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the parent's name
+        Counting.calls += 1
+        return super().forward(input) * Counting.calls
+
+
+def counting() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(Counting(4, 4), nn.Linear(4, 4)), batch()
+
+
+HERE = "tests.test_cli"
+LINE = (f"{HERE}:line", "--example", f"{HERE}:batch")
+
+
+def printed(capsys: Capture, *arguments: str, code: int = 0) -> str:
+    assert main(arguments) == code
+    return capsys.readouterr().out
+
+
+def refusal(capsys: Capture, *arguments: str) -> str:
+    """What wrong input is answered with: exit code 2, one line on standard error, nothing on standard output."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    *noise, line = err.splitlines()
+    assert (out, set(noise) <= {"building"}) == ("", True)
+    return line
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["split"], ["draw"], ["compare"], ["verify"]])
+def test_every_command_explains_itself(capsys: Capture, command: list[str]) -> None:
+    assert "Usage: pipework" in printed(capsys, *command, *(["--help"] if command else []))
+
+
+@pytest.mark.parametrize("arguments", [["draw", "--help"], ["compare", "--json"], ["draw", "gpipe"]])
+def test_planning_does_not_import_torch(arguments: list[str]) -> None:
+    code = f"import sys; from pipework.cli import main; main({arguments}); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("missing", ["rich", "typer"])
+def test_a_missing_extra_is_said_in_one_line(missing: str) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; from pipework.cli import main; sys.exit(main(['draw', 'gpipe']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"pipework: {missing} is not installed; run: pip install 'pipework[cli]'\n"
+
+
+def test_draw_prints_the_grid(capsys: Capture) -> None:
+    grid = printed(
+        capsys,
+        "draw",
+        "one_f_one_b",
+        "--ranks",
+        "2",
+        "--microbatches",
+        "2",
+        "--weight-gradient",
+        "0",
+        "--transfer",
+        "1",
+    )
+    assert grid.splitlines() == [
+        "rank 0  F0F1......B0..B1",
+        "rank 1  ....F0B0F1B1....",
+        "makespan 8 s, span 8 s, bubble 50.0 %, peak per rank 2 1",
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_draw_finds_the_stages_that_a_family_needs(capsys: Capture, family: str) -> None:
+    drawn = json.loads(printed(capsys, "draw", family, "--ranks", "2", "--microbatches", "4", "--json"))
+    assert drawn["stages"] == (4 if family.startswith("interleaved") else 2)
+    kinds = 1 if family == "forward_only" else 2
+    assert len(drawn["spans"]) == kinds * drawn["stages"] * 4
+    assert drawn["transfers"] == kinds * (drawn["stages"] - 1) * 4
+    assert max(span["end"] for span in drawn["spans"]) == drawn["makespan"]
+
+
+def test_draw_writes_a_page_and_a_trace(capsys: Capture, tmp_path: Path) -> None:
+    page, trace = tmp_path / "page.html", tmp_path / "trace.json"
+    printed(capsys, "draw", "gpipe", "--page", str(page), "--trace", str(trace))
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_compare_gives_every_family_the_same_model(capsys: Capture, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    told = json.loads(printed(capsys, "compare", "--ranks", "2", "--microbatches", "4", "--page", str(page), "--json"))
+    schedules = {each["schedule"]: each for each in told["schedules"]}
+    assert list(schedules) == [family for family in FAMILIES if family != "forward_only"]
+    assert schedules["one_f_one_b"]["stages"] == 2
+    assert schedules["looped_bfs"]["stages"] == 4
+    busy = {each["ranks"] * each["makespan"] * (1 - each["bubble"]) for each in schedules.values()}
+    assert busy == {2 * 4 * 3.0}  # ranks, microbatches, seconds
+    assert schedules["gpipe"]["peaks"] == schedules["looped_bfs"]["peaks"] == [4, 4]
+    assert all(f"<h2>{family} " in page.read_text() for family in schedules)
+
+
+def test_compare_says_which_family_does_not_fit(capsys: Capture) -> None:
+    table = printed(capsys, "compare", "gpipe", "interleaved_one_f_one_b", "--ranks", "3", "--microbatches", "7")
+    header, row, note = table.splitlines()
+    assert header.split() == ["schedule", "stages", "makespan", "span", "bubble", "peak", "transfers"]
+    assert row.split() == ["gpipe", "3", "27", "s", "27", "s", "22.2", "%", "7", "28"]
+    assert note.startswith("interleaved_one_f_one_b cannot divide 7 microbatches")
+
+
+def test_split_prints_the_table(capsys: Capture) -> None:
+    assert printed(capsys, "split", *LINE, "--at", "second", "--at", "third").splitlines() == [
+        "stage  modules  parameters  sends per microbatch",
+        "    0  first            20  to 1: 128 B",
+        "    1  second           20  to 2: 128 B",
+        "    2  third            20  -",
+    ]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [LINE, (f"{HERE}:line_and_batch",), (f"{HERE}:line", "--example", f"{HERE}:keyword_batch")],
+)
+def test_split_takes_the_input_from_wherever_it_is_made(capsys: Capture, model: tuple[str, ...]) -> None:
+    told = json.loads(printed(capsys, "split", *model, "--stages", "3", "--json"))
+    assert [stage["modules"] for stage in told["stages"]] == [["first"], ["second"], ["third"]]
+
+
+def test_split_imports_from_the_current_directory(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_model_of_mine.py").write_text(f"from {HERE} import line_and_batch as build\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert "third" in printed(capsys, "split", "a_model_of_mine:build", "--stages", "2")
+
+
+def test_split_spec_says_before_or_after() -> None:
+    assert split_spec(["a", "b.0:end", "c:beginning"]) == {
+        "a": SplitPoint.BEGINNING,
+        "b.0": SplitPoint.END,
+        "c": SplitPoint.BEGINNING,
+    }
+
+
+@pytest.mark.parametrize("schedule", ["one_f_one_b", "gpipe"])
+def test_verify_proves_a_model_equal(capsys: Capture, schedule: str) -> None:
+    options = ("--ranks", "3", "--schedule", schedule, "--loss", f"{HERE}:sum_of")
+    told = json.loads(printed(capsys, "verify", *LINE, *options, "--json"))
+    assert told["equal"]
+    assert sum(each["kind"] == "gradient" for each in told["comparisons"]) == 6
+    assert printed(capsys, "verify", *LINE, *options).endswith("bitwise equal to the unsplit model\n")
+
+
+def test_verify_finds_a_difference(capsys: Capture) -> None:
+    assert "NOT equal" in printed(capsys, "verify", f"{HERE}:counting", "--microbatches", "2", code=1)
+
+
+def test_verify_on_processes(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", *LINE, "--processes", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["equal"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["drw"], "No such command 'drw'"),
+        (["draw"], "Missing argument 'FAMILY'"),
+        (["draw", "gpip"], "there is no schedule 'gpip'; nearest existing: gpipe; use one of gpipe, one_f_one_b"),
+        (["draw", "gpipe", "--ranks", "0"], "--ranks"),
+        (["draw", "gpipe", "--ranks", "two"], "--ranks"),
+        (["draw", "gpipe", "--rank", "2"], "--ranks"),
+        (["draw", "gpipe", "--forward", "-1"], "--forward"),
+        (["draw", "gpipe", "--forward", "inf"], "costs give inf as forward"),
+        (["draw", "gpipe", "--per-rank", "2"], "gpipe wants one stage per rank"),
+        (["draw", "interleaved_one_f_one_b", "--ranks", "3", "--microbatches", "7"], "use 6 microbatches"),
+        (["draw", "gpipe", "--page", "no/such/folder/page.html"], "cannot write no/such/folder/page.html"),
+        (["compare", "one_f_1b"], "nearest existing: one_f_one_b"),
+        (["compare", "interleaved_one_f_one_b", "--ranks", "3", "--microbatches", "7"], "use 6 microbatches"),
+        (["split", "tests"], "write MODULE:FUNCTION"),
+        (["split", "tests.test_clo:line"], "there is no module tests.test_clo (nearest existing: test_cli"),
+        (["split", f"{HERE}:lime"], "has no function 'lime'; nearest existing: line"),
+        (["split", f"{HERE}:fails"], "failed: ValueError: no such weights"),
+        (["split", f"{HERE}:three"], f"{HERE}:three gives int; let it give a model"),
+        (["split", *LINE, "--at", "secnd"], "nearest existing: second"),
+        (["split", *LINE, "--at", "second:middle"], "write second:beginning or second:end"),
+        (["split", *LINE, "--at", "second", "--at", "second:end"], "two cuts are at 'second'"),
+        (["split", *LINE, "--stages", "9"], "ask for at most 3 stages"),
+        (["split", *LINE, "--stages", "2", "--at", "second"], "pass one of them"),
+        (["verify", *LINE, "--schedule", "gpip"], "nearest existing: gpipe"),
+        (["verify", *LINE, "--microbatches", "3"], "does not divide into 3 microbatches"),
+        (["demo", "--page", "no/such/folder/page.html"], "there is no folder no/such/folder"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(capsys: Capture, arguments: list[str], said: str) -> None:
+    assert said in refusal(capsys, *arguments)
