@@ -113,6 +113,7 @@ class GlooPool:
 def _work(connection: Connection, store: str, rank: int, ranks: int) -> None:
     import torch
     import torch.distributed as dist
+    import torch.distributed.nn  # before there is a group; see pipework.cli.launch
 
     torch.set_num_threads(1)
     # A file as the meeting point needs no port; Gloo lets the system choose those of its own connections.

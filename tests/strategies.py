@@ -115,3 +115,29 @@ def is_legal(schedule: Schedule) -> bool:
     while moving := [order for order in orders if order and is_ready(order[0], layout, done)]:
         done.add(moving[0].pop(0))
     return not any(orders)
+
+
+@st.composite
+def trainings(draw: st.DrawFn, stages: int, edges: frozenset[tuple[int, int]], microbatches: int) -> Schedule:
+    """A legal schedule of forwards and full backwards for stages with these edges, placed anyhow on 1 to 4 ranks."""
+    ranks = draw(st.integers(1, min(4, stages)))
+    rank_of = draw(st.permutations([*range(ranks), *(draw(st.integers(0, ranks - 1)) for _ in range(stages - ranks))]))
+    layout = Layout(tuple(rank_of), edges)
+    random = Random(draw(st.integers(0, 2**32)))
+    eager = random.choice((0.0, 0.5, 1.0))
+    left = [
+        Action(stage, kind, microbatch)
+        for stage in range(stages)
+        for kind in (F, B)
+        for microbatch in range(microbatches)
+    ]
+    orders: list[list[Action]] = [[] for _ in range(ranks)]
+    done: set[Action] = set()
+    while left:
+        ready = [action for action in left if is_ready(action, layout, done)]
+        preferred = [action for action in ready if (action.kind is F) == (random.random() < eager)]
+        action = random.choice(preferred or ready)
+        left.remove(action)
+        done.add(action)
+        orders[layout.rank_of[action.stage]].append(action)
+    return Schedule("random", layout, microbatches, tuple(map(tuple, orders)))

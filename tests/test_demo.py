@@ -8,7 +8,6 @@ import pytest
 
 from pipework import demo
 from pipework.cli import main
-from pipework.plan import Costs, Layout, one_f_one_b, simulate
 
 
 def test_the_demo_end_to_end(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -21,13 +20,7 @@ def test_the_demo_end_to_end(capfd: pytest.CaptureFixture[str], tmp_path: Path) 
     assert told["last_loss"] < told["first_loss"]
     assert all(0 < told["bubble"][name] < 1 for name in ("planned", "recorded"))
     assert all(f"<h2>{name} " in page.read_text() for name in ("planned", "recorded"))
-
-
-def test_measured_costs_are_those_that_were_simulated() -> None:
-    # Powers of two, so that no sum is rounded.
-    costs = Costs(forward=(0.25, 0.5), input_gradient=(0.5, 0.25), weight_gradient=(0.5, 0.25), transfer=0.125)
-    timelines = [simulate(one_f_one_b(Layout.loop(2), microbatches), costs) for microbatches in (2, 3, 8)]
-    assert demo.measured(timelines) == costs
+    assert 'data-unit=""' not in page.read_text()  # both are in seconds
 
 
 def test_batches_are_the_same_on_every_rank_and_shifted_by_one() -> None:

@@ -10,11 +10,10 @@ import importlib.util
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from types import ModuleType
 from typing import Any, final
 
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from pipework.cli.launch import gloo
 from pipework.cli.terminal import percent, print_timeline
 from pipework.errors import InputError
-from pipework.plan import Action, Costs, Kind, Span, Timeline, needs, one_f_one_b, simulate
+from pipework.plan import Timeline, measured, one_f_one_b, simulate
 from pipework.run import Runner
 from pipework.show import html
 from pipework.split import Pipe, pipeline
@@ -195,36 +194,6 @@ def _show(timelines: Mapping[str, Timeline], page: Path, console: Console) -> No
     if dist.get_rank() == 0:
         html.write(page, timelines, title=timelines["recorded"].schedule.describe())
     console.print(f"Both, to look at in a browser: {page.resolve().as_uri()}", soft_wrap=True)
-
-
-def measured(timelines: Sequence[Timeline]) -> Costs:
-    """The costs of the actions in recorded steps: each stage's median forward and backward, the median transfer.
-
-    A transfer is measured where a rank had nothing else to wait for: from the end of an action on one rank to the start
-    of the one on another rank that needs it. The two halves of a backward count for half of it each.
-    """
-    stages = range(timelines[0].schedule.layout.stages)
-    spans = [span for timeline in timelines for span in timeline.spans]
-
-    def duration(stage: int, kind: Kind) -> float:
-        return median(s.end - s.start for s in spans if s.action.stage == stage and s.action.kind is kind)
-
-    forward = tuple(duration(stage, Kind.FORWARD) for stage in stages)
-    half = tuple(duration(stage, Kind.BACKWARD) / 2 for stage in stages)
-    waits = [wait for timeline in timelines for wait in _waits(timeline)]
-    return Costs(forward, half, half, transfer=median(waits) if waits else 0.0)
-
-
-def _waits(timeline: Timeline) -> Iterator[float]:
-    """For each action that waited for another rank's: the seconds between the two."""
-    span_of: dict[Action, Span] = {span.action: span for span in timeline.spans}
-    for rank in range(timeline.schedule.layout.ranks):
-        for before, span in pairwise(timeline.rank(rank)):
-            awaited = max(
-                (span_of[need] for need in needs(span.action, timeline.schedule)), key=lambda s: s.end, default=span
-            )
-            if awaited.rank != rank and awaited.end > before.end:
-                yield max(0.0, span.start - awaited.end)
 
 
 def loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -42,3 +42,9 @@ def test_an_input_gradient_may_release_a_part() -> None:
 def test_costs_that_do_not_fit_are_refused(costs: Costs, says: str) -> None:
     with pytest.raises(ScheduleError, match=says):
         simulate(one_f_one_b(Layout.loop(3), 1), costs)
+
+
+def test_only_seconds_and_counts_are_units() -> None:
+    assert [simulate(one_f_one_b(Layout.loop(2), 1), Costs(unit=unit)).unit for unit in ("", "s")] == ["", "s"]
+    with pytest.raises(ScheduleError, match="unit 'ms'"):
+        Costs(unit="ms")

@@ -74,7 +74,7 @@ def test_an_empty_timeline_is_all_zero() -> None:
     timeline = Timeline(Schedule("nothing", Layout.loop(2), 1, ((), ())), ())
     assert (timeline.makespan, timeline.span, timeline.bubble, timeline.peaks) == (0, 0, 0, (0, 0))
     assert timeline.critical_path() == ()
-    assert timeline.text().startswith("rank 0\nrank 1\nmakespan 0 s")
+    assert timeline.text().startswith("rank 0\nrank 1\nmakespan 0, ")
 
 
 def test_peaks_count_from_the_start_of_a_forward_to_the_end_of_its_backward() -> None:

@@ -161,7 +161,7 @@ def test_stages_of_one_rank_differ_in_shade() -> None:
 
 
 def test_comparable_timelines_share_one_scale() -> None:
-    plan = planned(costs=Costs(0.003, 0.003, 0.003))
+    plan = planned(costs=Costs(0.003, 0.003, 0.003, unit="s"))
     real = recorded(plan, lambda index: 1.5)
     first, second = sections(page({"planned": plan, "recorded": real}))
     assert scale(first, plan) == pytest.approx(scale(second, real), rel=1e-3)  # each read from a rounded width
@@ -170,7 +170,7 @@ def test_comparable_timelines_share_one_scale() -> None:
 
 @pytest.mark.parametrize(
     ("costs", "factor", "unit"),
-    [(Costs(), 0.003, "ms"), (Costs(), 1.5, "s"), (Costs(0.5, 0.5, 0.5), 0.04, "ms")],
+    [(Costs(), 0.003, "ms"), (Costs(), 1.5, "s"), (Costs(unit="s"), 0.04, "ms")],
     ids=["another unit", "another unit, near in numbers", "one unit, far apart"],
 )
 def test_what_does_not_compare_fills_the_same_width(costs: Costs, factor: float, unit: str) -> None:
@@ -179,13 +179,22 @@ def test_what_does_not_compare_fills_the_same_width(costs: Costs, factor: float,
     text = page({"planned": plan, "recorded": real})
     first, second = sections(text)
     assert scale(first, plan) * plan.makespan == scale(second, real) * real.makespan
-    assert (first.attrib["data-unit"], second.attrib["data-unit"]) == ("" if costs == Costs() else "s", unit)
+    assert (first.attrib["data-unit"], second.attrib["data-unit"]) == (costs.unit, unit)
     assert "do not compare" in text
     assert "do not compare" not in page({"planned": plan})
 
 
+def test_counts_compare_whatever_a_forward_costs() -> None:
+    whole, half = planned(), planned(costs=Costs(0.5, 0.5, 0.5))
+    text = page({"whole": whole, "half": half})
+    first, second = sections(text)
+    assert scale(first, whole) == pytest.approx(scale(second, half), rel=1e-3)
+    assert first.attrib["data-unit"] == second.attrib["data-unit"] == ""
+    assert "do not compare" not in text
+
+
 def test_ticks_are_round_rise_evenly_and_stand_at_their_times() -> None:
-    timeline = planned(costs=Costs(0.003, 0.003, 0.003))
+    timeline = planned(costs=Costs(0.003, 0.003, 0.003, unit="s"))
     (section,) = sections(page({"one": timeline}))
     full = next(each for each in section.iter("div") if each.get("class") == "ticks full")
     ticks = [(float(tick.attrib["data-tick"].removesuffix(" ms")), float(tick.attrib["style"][5:-1])) for tick in full]
@@ -204,6 +213,12 @@ def test_figures_are_the_timeline_s() -> None:
         "bubble in span": "27.3 %",
         "peak per rank": "4, 3, 2, 1",
     }
+
+
+def test_peaks_of_many_ranks_are_bounded_not_listed() -> None:
+    (section,) = sections(page({"one": planned(ranks=9, microbatches=18)}))
+    figures = {row[0].text: row[1].text for row in section.findall("./dl/div")}
+    assert figures["peak per rank"] == "1–9"
 
 
 def test_a_forward_only_schedule_of_which_nothing_is_freed_can_be_drawn() -> None:

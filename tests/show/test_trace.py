@@ -33,7 +33,7 @@ def test_every_action_is_one_complete_event(timeline: Timeline) -> None:
 
 
 def test_times_are_microseconds_from_the_start() -> None:
-    plan = simulate(one_f_one_b(Layout.loop(2), 2), Costs(0.25, 0.25, 0.25))
+    plan = simulate(one_f_one_b(Layout.loop(2), 2), Costs(0.25, 0.25, 0.25, unit="s"))
     for timeline in (plan, recorded(plan, lambda index: 1.0, start=1024.0)):
         times = {event["name"]: (event["ts"], event["dur"]) for event in events(perfetto({"one": timeline}), "X")}
         assert times["0F0"] == (0, 250_000)

@@ -13,7 +13,7 @@ from tests.strategies import schedules
 def recorded(plan: Timeline, seconds: Callable[[int], float], start: float = 4711.25) -> Timeline:
     """The plan's actions in its order, the one at `index` taking `seconds(index)` for every second planned.
 
-    It begins at `start` on some clock, and costs are unknown, as in a recording.
+    It begins at `start` on some clock, in seconds, and costs are unknown, as in a recording.
     """
     schedule = plan.schedule
     free = [start] * schedule.layout.ranks
@@ -23,7 +23,7 @@ def recorded(plan: Timeline, seconds: Callable[[int], float], start: float = 471
         begin = max([free[span.rank], *(ends[need] for need in needs(span.action, schedule))])
         free[span.rank] = ends[span.action] = begin + (span.end - span.start) * seconds(index)
         spans.append(Span(span.rank, span.action, begin, free[span.rank]))
-    return Timeline(schedule, tuple(spans))
+    return Timeline(schedule, tuple(spans), Costs(unit="s"))
 
 
 @st.composite
@@ -31,7 +31,7 @@ def timelines(draw: st.DrawFn) -> Timeline:
     """Any legal schedule in time: simulated in unit costs, simulated in seconds, or recorded."""
     schedule = draw(schedules())
     durations = st.floats(1e-5, 20)
-    costs = draw(st.just(Costs()) | st.builds(Costs, durations, durations, durations, durations))
+    costs = draw(st.just(Costs()) | st.builds(Costs, durations, durations, durations, durations, unit=st.just("s")))
     plan = simulate(schedule, costs)
     if draw(st.booleans()):
         return plan

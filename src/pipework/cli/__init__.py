@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     >>> main(["draw", "gpipe", "--ranks", "2", "--microbatches", "2"])
     rank 0  F0F1......B0--B1--
     rank 1  ..F0F1B0--B1--....
-    makespan 9 s, span 9 s, bubble 33.3 %, peak per rank 2
+    makespan 9, span 9, bubble 33.3 %, peak per rank 2
     0
     """
     try:

@@ -48,7 +48,7 @@ At = Annotated[
 ]
 Ranks = Annotated[int, typer.Option(min=1, help="Number of ranks.")]
 Microbatches = Annotated[int, typer.Option(min=1, help="Number of microbatches.")]
-Seconds = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="How long it takes.")]
+Duration = Annotated[float, typer.Option(min=0, metavar="NUMBER", help="How long it takes, in any one unit.")]
 Page = Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw to an HTML page.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
@@ -100,10 +100,10 @@ def draw(  # noqa: PLR0913, PLR0917 - an option each
     per_rank: Annotated[
         int | None, typer.Option(min=1, help="Stages per rank; unless given, 1 where the family allows it, else 2.")
     ] = None,
-    forward: Seconds = 1.0,
-    input_gradient: Seconds = 1.0,
-    weight_gradient: Seconds = 1.0,
-    transfer: Seconds = 0.0,
+    forward: Duration = 1.0,
+    input_gradient: Duration = 1.0,
+    weight_gradient: Duration = 1.0,
+    transfer: Duration = 0.0,
     page: Page = None,
     trace_file: Annotated[
         Path | None, typer.Option("--trace", metavar="FILE", help="Also write a trace for ui.perfetto.dev.")
@@ -131,10 +131,10 @@ def compare(  # noqa: PLR0913, PLR0917 - an option each
     per_rank: Annotated[
         int, typer.Option(min=1, help="Stages per rank of the families that take several; the others have one.")
     ] = 2,
-    forward: Seconds = 1.0,
-    input_gradient: Seconds = 1.0,
-    weight_gradient: Seconds = 1.0,
-    transfer: Seconds = 0.0,
+    forward: Duration = 1.0,
+    input_gradient: Duration = 1.0,
+    weight_gradient: Duration = 1.0,
+    transfer: Duration = 0.0,
     page: Page = None,
     json: Json = False,
 ) -> None:
@@ -260,8 +260,8 @@ def _print_comparison(timelines: Mapping[str, Timeline], refused: Mapping[str, S
         table.add_row(
             family,
             str(figures["stages"]),
-            f"{timeline.makespan:.4g} s",
-            f"{timeline.span:.4g} s",
+            f"{timeline.makespan:.4g}",
+            f"{timeline.span:.4g}",
             percent(timeline.bubble),
             f"{max(timeline.peaks):.4g}",
             str(figures["transfers"]),

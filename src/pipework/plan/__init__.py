@@ -10,6 +10,7 @@ from pipework.plan.costs import Costs
 from pipework.plan.families import FAMILIES, forward_only, gpipe, interleaved_one_f_one_b, looped_bfs, one_f_one_b
 from pipework.plan.layout import Layout
 from pipework.plan.lower import lower
+from pipework.plan.measured import measured
 from pipework.plan.program import Compute, Instruction, Program, Receive, Send
 from pipework.plan.prove import prove
 from pipework.plan.rules import Transfer, is_local, needs, transfers
@@ -42,6 +43,7 @@ __all__ = [
     "is_local",
     "looped_bfs",
     "lower",
+    "measured",
     "needs",
     "one_f_one_b",
     "prove",

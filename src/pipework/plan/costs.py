@@ -1,4 +1,4 @@
-"""What actions take: seconds of compute, seconds of transfer, memory of activations."""
+"""What actions take: time of compute, time of transfer, memory of activations."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ PerStage = float | tuple[float, ...]
 @final
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Durations in seconds of one stage's work on one microbatch, and the memory it holds.
+    """The durations of one stage's work on one microbatch, and the memory it holds.
 
-    Each is one number for all stages, or a tuple with one number per stage.
+    Each but the unit is one number for all stages, or a tuple with one number per stage.
 
-    - `forward`, `input_gradient`, `weight_gradient`: seconds; a full backward takes the last two together.
-    - `transfer`: seconds between the end of an action and the earliest start of one that needs it on another rank;
+    - `forward`, `input_gradient`, `weight_gradient`: durations; a full backward takes the last two together.
+    - `transfer`: the time between the end of an action and the earliest start of one that needs it on another rank;
       one number, or a mapping from edge `(u, v)`, `u < v`, to a number that holds in both directions.
       On one rank a hand-over takes nothing.
     - `activation`: what one microbatch's forward keeps until its backward, in bytes; 1 counts microbatches.
     - `released_by_input_gradient`: the share of it, from 0 to 1, that the input gradient frees; the weight gradient
       frees the rest.
+    - `unit`: of all times, here and in a timeline of these costs: `"s"` for seconds, empty for plain counts.
+
+    Raises ScheduleError for any other unit.
 
     >>> costs = Costs(forward=(1.0, 3.0), weight_gradient=0.5, transfer=0.25)
     >>> [costs.duration(Action.parse(text)) for text in ("0F7", "1F7", "0B7")]
@@ -40,9 +43,17 @@ class Costs:
     transfer: float | Mapping[tuple[int, int], float] = 0.0
     activation: PerStage = 1.0
     released_by_input_gradient: PerStage = 0.0
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        if self.unit not in {"", "s"}:
+            raise ScheduleError(
+                f"costs are given in the unit {self.unit!r}",
+                remedy="give seconds and the unit 's', or plain counts and no unit",
+            )
 
     def duration(self, action: Action) -> float:
-        """Seconds that `action` keeps its rank busy."""
+        """How long `action` keeps its rank busy."""
         stage, kind = action.stage, action.kind
         if kind is Kind.FORWARD:
             return _at(self.forward, stage)
@@ -53,7 +64,7 @@ class Costs:
         return _at(self.input_gradient, stage) + _at(self.weight_gradient, stage)
 
     def delay(self, start: int, end: int, layout: Layout) -> float:
-        """Seconds from stage `start` to stage `end`, in either direction; 0 on the same rank."""
+        """The time of a transfer from stage `start` to stage `end`, in either direction; 0 on the same rank."""
         if layout.rank_of[start] == layout.rank_of[end]:
             return 0.0
         if isinstance(self.transfer, Mapping):

@@ -26,7 +26,7 @@ def gpipe(layout: Layout, microbatches: int) -> Schedule:
     rank 1  ..F0F1F2F3............B0--B1--B2--B3--....
     rank 2  ....F0F1F2F3......B0--B1--B2--B3--........
     rank 3  ......F0F1F2F3B0--B1--B2--B3--............
-    makespan 21 s, span 21 s, bubble 42.9 %, peak per rank 4
+    makespan 21, span 21, bubble 42.9 %, peak per rank 4
     """
     _require_microbatches(microbatches)
     _require_one_stage_per_rank("gpipe", layout, "looped_bfs")
@@ -51,7 +51,7 @@ def one_f_one_b(layout: Layout, microbatches: int) -> Schedule:
     rank 1  ..F0F1F2........B0--F3B1--F4B2--F5B3--..B4--..B5--....
     rank 2  ....F0F1....B0--F2B1--F3B2--F4B3--F5B4--..B5--........
     rank 3  ......F0B0--F1B1--F2B2--F3B3--F4B4--F5B5--............
-    makespan 27 s, span 27 s, bubble 33.3 %, peak per rank 4 3 2 1
+    makespan 27, span 27, bubble 33.3 %, peak per rank 4 3 2 1
     """
     _require_microbatches(microbatches)
     _require_one_stage_per_rank("one_f_one_b", layout, "interleaved_one_f_one_b")
@@ -77,7 +77,7 @@ def interleaved_one_f_one_b(layout: Layout, microbatches: int) -> Schedule:
     >>> print(simulate(interleaved_one_f_one_b(Layout.loop(2, per_rank=2), microbatches=4)).text(width=120))
     rank 0  0F0-0F1-2F0-2F1-0F2-....2B0-----0F3-2B1-----2F2-0B0-----2F3-0B1-----....2B2-----....2B3-----0B2-----0B3-----
     rank 1  ....1F0-1F1-3F0-3B0-----3F1-3B1-----1F2-1B0-----1F3-1B1-----3F2-3B2-----3F3-3B3-----1B2-----1B3-----........
-    makespan 27 s, span 27 s, bubble 11.1 %, peak per rank 5 3
+    makespan 27, span 27, bubble 11.1 %, peak per rank 5 3
     """
     _require_microbatches(microbatches)
     ranks, per_rank = layout.ranks, layout.stages // layout.ranks
@@ -118,7 +118,7 @@ def looped_bfs(layout: Layout, microbatches: int) -> Schedule:
     >>> print(simulate(looped_bfs(Layout.loop(2, per_rank=2), microbatches=3)).text())
     rank 0  0F0-0F1-0F2-2F0-2F1-2F2-............2B2-----2B1-----2B0-----0B2-----0B1-----0B0-----
     rank 1  ....1F0-1F1-1F2-3F0-3F1-3F2-3B2-----3B1-----3B0-----1B2-----1B1-----1B0-----........
-    makespan 21 s, span 21 s, bubble 14.3 %, peak per rank 6
+    makespan 21, span 21, bubble 14.3 %, peak per rank 6
     """
     _require_microbatches(microbatches)
 
@@ -138,7 +138,7 @@ def forward_only(layout: Layout, microbatches: int) -> Schedule:
     >>> print(simulate(forward_only(Layout.loop(2, per_rank=2), microbatches=4)).text())
     rank 0  0F0-0F1-2F0-2F1-0F2-0F3-2F2-2F3-....
     rank 1  ....1F0-1F1-3F0-3F1-1F2-1F3-3F2-3F3-
-    makespan 9 s, span 8 s, bubble 11.1 %, peak per rank 8
+    makespan 9, span 8, bubble 11.1 %, peak per rank 8
     """
     _require_microbatches(microbatches)
 

@@ -9,14 +9,14 @@ from pipework.plan.timeline import Span, Timeline
 from pipework.plan.walk import walk
 
 UNIT = Costs()
-"""Every forward, input gradient and weight gradient takes one second, every transfer none."""
+"""Every forward, input gradient and weight gradient takes 1, every transfer 0, in plain counts."""
 
 
 def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
     """When each action runs if it starts as soon as its rank is free and all it needs has arrived.
 
-    Transfers take `costs.transfer`, never wait for each other and never hold up a rank. Times are seconds from the
-    first start. Takes time in proportion to the number of actions.
+    Transfers take `costs.transfer`, never wait for each other and never hold up a rank. Times count from the first
+    start, in `costs.unit`. Takes time in proportion to the number of actions.
 
     Raises ScheduleError if the schedule cannot proceed, or if the costs do not fit its layout.
 
@@ -25,7 +25,7 @@ def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
     rank 0  F0F1F2........B0--..B1--..B2--
     rank 1  ..F0F1....B0--F2B1--..B2--....
     rank 2  ....F0B0--F1B1--F2B2--........
-    makespan 15 s, span 15 s, bubble 40.0 %, peak per rank 3 2 1
+    makespan 15, span 15, bubble 40.0 %, peak per rank 3 2 1
     """
     costs.require(schedule.layout)
     layout = schedule.layout

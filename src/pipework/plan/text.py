@@ -6,6 +6,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from pipework.plan.action import Action, Kind
+from pipework.plan.figures import peaks_text, unit_for
 
 if TYPE_CHECKING:
     from pipework.plan.timeline import Timeline
@@ -24,7 +25,7 @@ def grid(timeline: Timeline, width: int | None = None) -> str:
     >>> print(grid(simulate(looped_bfs(Layout.loop(2, per_rank=2), microbatches=2))))
     rank 0  0F0-0F1-2F0-2F1-............2B1-----2B0-----0B1-----0B0-----
     rank 1  ....1F0-1F1-3F0-3F1-3B1-----3B0-----1B1-----1B0-----........
-    makespan 15 s, span 15 s, bubble 20.0 %, peak per rank 4
+    makespan 15, span 15, bubble 20.0 %, peak per rank 4
     """
     width = WIDTH if width is None else width
     schedule = timeline.schedule
@@ -33,7 +34,7 @@ def grid(timeline: Timeline, width: int | None = None) -> str:
     several = any(len(schedule.layout.held_by(rank)) > 1 for rank in range(ranks))
     digits = len(str(schedule.microbatches - 1))
     wanted = digits + (len(str(schedule.layout.stages - 1)) + 2 if several else 1)
-    scale = _columns_per_second(timeline, max(1, width - len(labels[0])), wanted)
+    scale = _scale(timeline, max(1, width - len(labels[0])), wanted)
     columns = round(timeline.makespan * scale)
     begin = timeline.start
     rows: list[str] = []
@@ -47,19 +48,19 @@ def grid(timeline: Timeline, width: int | None = None) -> str:
 
 
 def summary(timeline: Timeline) -> str:
-    """One line: makespan, span, bubble and each rank's peak of activations (one number where all are equal)."""
-    peaks = timeline.peaks
-    shown = peaks[:1] if len(set(peaks)) == 1 else peaks
+    """One line: makespan, span, bubble and each rank's peak of activations (see `peaks_text`)."""
+    unit = unit_for(timeline.makespan, timeline.unit)
     return (
-        f"makespan {timeline.makespan:.4g} s, span {timeline.span:.4g} s, bubble {timeline.bubble:.1%}, "
-        f"peak per rank {' '.join(map(_amount, shown))}"
-    ).replace("%", " %")
+        f"makespan {unit.text(timeline.makespan)}, span {unit.text(timeline.span)}, "
+        f"bubble {100 * timeline.bubble:.1f} %, peak per rank {peaks_text(timeline.peaks, ' ')}"
+    )
 
 
-def _columns_per_second(timeline: Timeline, columns: int, wanted: int) -> float:
-    """As wide as fits; if all times are multiples of the shortest action, each such unit gets equally many columns.
+def _scale(timeline: Timeline, columns: int, wanted: int) -> float:
+    """Columns per second (per count): as many as fit.
 
-    An even picture is no wider than the labels need: `wanted` columns for the shortest action.
+    If all times are multiples of the shortest action, each such unit gets equally many columns. An even picture
+    is no wider than the labels need: `wanted` columns for the shortest action.
     """
     unit = min((span.end - span.start for span in timeline.spans if span.end > span.start), default=0.0)
     if not unit:
@@ -82,8 +83,3 @@ def _cell(action: Action, columns: int, several: bool, digits: int) -> str:
     else:
         text = kind
     return text.ljust(columns, "-")[:columns]
-
-
-def _amount(peak: float) -> str:
-    """A number of microbatches, or of bytes where it is too large for one."""
-    return f"{peak / 2**20:.4g} MiB" if peak >= 2**20 else f"{peak:.4g}"

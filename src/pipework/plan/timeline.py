@@ -17,7 +17,7 @@ from pipework.plan.text import grid
 @final
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One action on one rank from `start` to `end`, in seconds."""
+    """One action on one rank from `start` to `end`, in the unit of its timeline."""
 
     rank: int
     action: Action
@@ -28,10 +28,10 @@ class Span:
 @final
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """A schedule's actions in time.
+    """A schedule's actions in time, in seconds or in plain counts: `unit` says which.
 
-    `simulate` makes one from costs. A real step makes one from the spans it measured; only differences of times matter,
-    so any clock will do that all ranks share.
+    `simulate` makes one from costs. A real step makes one from the spans it measured, with `Costs(unit="s")`; only
+    differences of times matter, so any clock will do that all ranks share.
 
         rank 0  F0 F1 .. .. B0 .. B1      makespan  from the first start on any rank to the last end on any rank
         rank 1  .. F0 B0 F1 B1            span      the longest stretch from a rank's own first start to its last end
@@ -58,18 +58,23 @@ class Timeline:
         return self._by_rank[rank]
 
     @property
+    def unit(self) -> str:
+        """`"s"` if times are in seconds, empty if they are plain counts."""
+        return self.costs.unit
+
+    @property
     def start(self) -> float:
         """When the first action on any rank started; 0 in a simulation and in an empty timeline."""
         return min((span.start for span in self.spans), default=0.0)
 
     @property
     def makespan(self) -> float:
-        """Seconds from the first start on any rank to the last end on any rank."""
+        """The time from the first start on any rank to the last end on any rank."""
         return max((span.end for span in self.spans), default=0.0) - self.start
 
     @property
     def span(self) -> float:
-        """Seconds of the longest rank, each from its own first start to its own last end.
+        """The time of the longest rank, each from its own first start to its own last end.
 
         In a row of steps this is what a step costs where ranks need not wait for each other in between, and it is what
         claims of a "zero bubble" are about.
@@ -78,7 +83,7 @@ class Timeline:
 
     @property
     def busy(self) -> float:
-        """Seconds of compute, all ranks together."""
+        """The time of compute, all ranks together."""
         return sum(span.end - span.start for span in self.spans)
 
     @property

@@ -19,7 +19,7 @@ from statistics import median_low
 from typing import final
 
 from pipework.plan import Span, Timeline, needs
-from pipework.show.unit import Unit, memory_text
+from pipework.plan.figures import Unit, memory_text, peaks_text
 
 # Pixels.
 WINDOW = 1200  # what a usual window shows at once
@@ -35,9 +35,10 @@ _TICK = 80  # the least distance of two ticks
 @final
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A timeline drawn from its `start` at `scale` pixels per second, in `width` pixels, which it need not fill.
+    """A timeline drawn from its `start` in `width` pixels, which it need not fill.
 
-    Memory curves reach their full height at `memory`, in the unit of the timeline's `costs.activation`.
+    `scale` is in pixels per second (per count). Memory curves reach their full height at `memory`, in the unit of
+    the timeline's `costs.activation`.
     """
 
     name: str
@@ -99,7 +100,7 @@ class Chart:
             "bubble": _percent(timeline.bubble),
             "span": self.unit.text(timeline.span),
             "bubble in span": _percent(timeline.bubble_of_span),
-            "peak per rank": ", ".join(map(memory_text, timeline.peaks)),
+            "peak per rank": peaks_text(timeline.peaks, ", "),
         }
         return "".join(f"<div><dt>{name}</dt><dd>{figure}</dd></div>" for name, figure in figures.items())
 
@@ -183,7 +184,7 @@ class Chart:
 
 
 def roomy_scale(timeline: Timeline) -> float:
-    """Pixels per second at which a typical action has room for its label."""
+    """Pixels per second (per count) at which a typical action has room for its label."""
     durations = [span.end - span.start for span in timeline.spans if span.end > span.start]
     layout = timeline.schedule.layout
     several = layout.stages > layout.ranks

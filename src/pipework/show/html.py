@@ -13,8 +13,8 @@ from pathlib import Path
 
 from pipework.errors import InputError
 from pipework.plan import Kind, Timeline
+from pipework.plan.figures import unit_for
 from pipework.show.chart import WINDOW, Chart, roomy_scale
-from pipework.show.unit import Unit, is_counted, unit_for
 
 # Okabe and Ito's palette: colour-blind readers can tell these apart, and dark labels stay legible on all of them.
 _KINDS = {
@@ -32,8 +32,7 @@ def page(timelines: Mapping[str, Timeline], *, title: str = "Pipeline timeline")
     """The page as text: the timelines under one another, each under its name.
 
     All share one time scale if their times compare: one unit, and makespans at most twentyfold apart. Otherwise each
-    fills the same width, and the page says so. Times are in seconds, except those of a simulation whose first forward
-    costs exactly 1: they are counts. The page loads nothing from anywhere.
+    fills the same width, and the page says so. The page loads nothing from anywhere.
 
     Raises InputError if there is nothing to draw.
 
@@ -67,7 +66,7 @@ def write(path: str | Path, timelines: Mapping[str, Timeline], *, title: str = "
 
 def _comparable(timelines: Mapping[str, Timeline]) -> bool:
     makespans = [timeline.makespan for timeline in timelines.values()]
-    units = {is_counted(timeline) for timeline in timelines.values()}
+    units = {timeline.unit for timeline in timelines.values()}
     return len(units) == 1 and max(makespans) <= _APART * min(makespans)
 
 
@@ -81,7 +80,7 @@ def _charts(timelines: Mapping[str, Timeline], shared: bool) -> list[Chart]:
             name=name,
             timeline=timeline,
             start=timeline.start,
-            unit=Unit("", 1.0) if is_counted(timeline) else unit_for(lengths[name]),
+            unit=unit_for(lengths[name], timeline.unit),
             scale=width / lengths[name],
             width=width,
             memory=_highest(timeline, timelines),

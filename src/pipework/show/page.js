@@ -19,7 +19,7 @@ const mark = (bar, name) => {
 const describe = (bar) => {
   const { unit, perSecond } = bar.closest("section").dataset;
   const { action, time, needs } = bar.dataset;
-  const write = (seconds) => `${Number((seconds * perSecond).toPrecision(5))} ${unit}`.trim();
+  const write = (moment) => `${Number((moment * perSecond).toPrecision(5))} ${unit}`.trim();
   const [, stage, kind, microbatch] = action.match(/(\d+)(\w)(\d+)/);
   const [start, end] = time.split(" ").map(Number);
   return [

@@ -8,7 +8,6 @@ from itertools import count
 from typing import Any
 
 from pipework.plan import Span, Timeline, needs
-from pipework.show.unit import is_counted
 
 Event = dict[str, Any]
 
@@ -16,8 +15,8 @@ Event = dict[str, Any]
 def perfetto(timelines: Mapping[str, Timeline]) -> str:
     """The timelines in Chrome's trace event format (JSON): one process per timeline, one thread per rank.
 
-    Each action is a complete event, in microseconds from its timeline's start; where times are counts of forwards, one
-    forward is written as a millisecond. A flow leads from each action to every action on another rank that needs it.
+    Each action is a complete event, in microseconds from its timeline's start; where times are plain counts, one is
+    written as a millisecond. A flow leads from each action to every action on another rank that needs it.
 
     >>> from pipework.plan import Layout, one_f_one_b, simulate
     >>> trace = json.loads(perfetto({"planned": simulate(one_f_one_b(Layout.loop(2), microbatches=2))}))
@@ -82,5 +81,5 @@ def _flows(process: int, timeline: Timeline, numbers: Iterator[int]) -> Iterator
 
 def _clock(timeline: Timeline) -> Callable[[float], float]:
     """From the timeline's times to microseconds since its start."""
-    start, factor = timeline.start, 1e3 if is_counted(timeline) else 1e6
+    start, factor = timeline.start, 1e6 if timeline.unit else 1e3
     return lambda time: (time - start) * factor

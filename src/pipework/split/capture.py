@@ -14,7 +14,7 @@ from torch import nn
 from pipework.errors import CaptureError, CutError, PipeworkError
 from pipework.split.arguments import named
 from pipework.split.cost import operations
-from pipework.split.fakes import Fakes, needs_fakes, undress
+from pipework.split.fakes import fakes_for, undress
 from pipework.split.intercept import intercepted
 from pipework.split.marks import Marks, SplitPoint
 from pipework.split.preserve import changes, unchanged
@@ -232,7 +232,7 @@ def _run(
     module: nn.Module, inputs: Mapping[str, Any], call: Callable[[Any], Any], marks: Marks, opened: frozenset[str]
 ) -> tuple[Recording | None, frozenset[str]]:
     names = {id(m): name for name, m in module.named_modules()}
-    fakes = Fakes() if needs_fakes(module, inputs) else None
+    fakes = fakes_for(module, inputs)
     with _lock, unchanged(module), contextlib.ExitStack() as stack:
         if fakes is not None:
             inputs = map_leaves(fakes.of, inputs)

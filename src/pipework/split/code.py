@@ -82,8 +82,7 @@ class _Writer:
         results = ", ".join(self.names[i] for i in part.outputs)
         body.append(f"return ({results},)" if results else "return ()")
         if self.uses_device:
-            first = parameters[0] if parameters else "None"
-            body.insert(0, f"device = self.device_beside({first})")
+            body.insert(0, f"device = {f'{parameters[0]}.device' if parameters else 'self.device_beside(None)'}")
         head = f"def forward({', '.join(['self', *parameters])}):"
         return "\n".join([head, *("    " + line for line in body)]) + "\n", self.objects
 

@@ -14,9 +14,10 @@ from pipework.split.trees import leaves, map_leaves
 
 
 class Fakes:
-    """Fake twins of the model's tensors, on the device where the real ones are, or the CPU for those on meta."""
+    """Fake twins of tensors, all on one device, as the model was when it was written."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.twins: dict[int, torch.Tensor] = {}
         self.originals: dict[int, torch.Tensor] = {}
@@ -28,8 +29,7 @@ class Fakes:
         twin = self.twins.get(id(tensor))
         if twin is None:
             shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            device = torch.device("cpu") if tensor.is_meta else tensor.device
-            twin = FakeTensor(self.mode, shape, device)
+            twin = FakeTensor(self.mode, shape, self.device)
             if isinstance(tensor, nn.Parameter):
                 twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
             elif tensor.requires_grad:
@@ -51,14 +51,18 @@ class Fakes:
                     m.__dict__[key] = map_leaves(self.of, value)
 
 
-def needs_fakes(module: nn.Module, inputs: Any) -> bool:
-    """Whether some tensor has no values, so that only a run on fake tensors is possible.
+def fakes_for(module: nn.Module, inputs: Any) -> Fakes | None:
+    """Fakes where some tensor has no values, or where the model's parts are on several devices; None where neither.
 
-    A model whose tensors are all there runs on them: its forward then takes the very branches it takes in training,
-    also where it reads a value back, or asks whether it is being traced.
+    A model whose tensors are all there, in one place, runs on them: its forward then takes the very branches it takes
+    in training, also where it reads a value back, or asks whether it is being traced.
     """
     tensors = [*module.parameters(), *module.buffers(), *(t for t in leaves(inputs) if isinstance(t, torch.Tensor))]
-    return any(t.is_meta or isinstance(t, FakeTensor) for t in tensors)
+    devices = dict.fromkeys(t.device for t in tensors)
+    real = [device for device in devices if device.type != "meta"]
+    if len(devices) < 2 and len(real) == len(devices) and not any(isinstance(t, FakeTensor) for t in tensors):
+        return None
+    return Fakes(real[0] if real else torch.device("cpu"))
 
 
 def undress(values: Sequence[Value], fakes: Fakes) -> None:

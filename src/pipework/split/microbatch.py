@@ -48,8 +48,10 @@ def chunk(values: Mapping[str, Any], microbatches: int, spec: Mapping[str, Any] 
 def _spread(spec: Any, value: Any, name: str) -> list[Any]:
     """The spec of each leaf of a value; what is said of a node holds for all below."""
     parts = children(value)
-    if spec is UNSAID or spec is None or isinstance(spec, int) or parts is None:
+    if spec is UNSAID or spec is None or isinstance(spec, int):
         return [spec] * len(leaves(value))
+    if parts is None:
+        raise InputError(f"the chunk spec of {name} is {spec!r}", remedy="give the dimension to split, or None")
     told = children(spec)
     accessors, found, _ = parts
     if told is None or told[0] != accessors:
@@ -75,7 +77,8 @@ def _parts(name: str, leaf: Any, rule: Any, microbatches: int, plain: dict[str, 
             remedy="correct the chunk spec",
         )
     size = leaf.shape[dimension]
-    whole = f"pass chunk_spec={{{name!r}: None}} if every microbatch needs all of it"
+    how = f"pass chunk_spec={{{name!r}: None}}" if name.isidentifier() else f"in the chunk spec, say None for {name}"
+    whole = f"{how} if every microbatch needs all of it"
     if rule is UNSAID:
         plain[name] = size
         other = next((n for n, s in plain.items() if s != size), None)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import importlib
+from datetime import timedelta
+from typing import Any
 
 import torch
 from torch._C import _current_graph_task_id as graph_task
@@ -66,6 +68,12 @@ def arguments_of(operation: torch._ops.OpOverload) -> list[str]:
     return [argument.name for argument in operation._schema.arguments]
 
 
+def timeout_of(group: Any) -> timedelta:
+    """How long a Gloo process group waits for another rank."""
+    backend = group._get_backend(torch.device("cpu"))
+    return backend.options._timeout
+
+
 __all__ = [
     "PYTREE_NODES",
     "VMAP_CALLS",
@@ -81,6 +89,7 @@ __all__ = [
     "is_persistent",
     "parameters_of",
     "storage_of",
+    "timeout_of",
     "version_of",
     "without_function_mode",
 ]

@@ -1,0 +1,67 @@
+"""From steps that really ran to costs to plan the next ones with."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from statistics import median
+
+from pipework.errors import InputError
+from pipework.plan.action import Action, Kind
+from pipework.plan.costs import Costs
+from pipework.plan.rules import needs
+from pipework.plan.timeline import Span, Timeline
+
+
+def measured(timelines: Sequence[Timeline]) -> Costs:
+    """The costs of the actions in these timelines, in their unit: each stage's median durations, the median transfer.
+
+    The two halves of a backward count for half of it each; what never ran costs nothing. A transfer is measured where a
+    rank had nothing else to wait for: from the end of an action on one rank to the start of the one on another rank
+    that needs it. Activations are counted in microbatches.
+
+    Raises InputError where there are no timelines, and where they differ in layout or unit.
+
+    >>> from pipework.plan import Layout, one_f_one_b, simulate
+    >>> costs = Costs(forward=(0.25, 0.5), input_gradient=(0.5, 0.5), weight_gradient=(0.5, 0.5), transfer=0.125)
+    >>> measured([simulate(one_f_one_b(Layout.loop(2), microbatches=4), costs)]) == costs
+    True
+    """
+    if len({(timeline.schedule.layout, timeline.unit) for timeline in timelines}) != 1:
+        raise InputError(
+            "the timelines differ in layout or unit" if timelines else "no timelines to measure",
+            remedy="give the timelines of steps of one pipe on one layout, such as `runner.recorded` after each",
+        )
+    durations: defaultdict[tuple[int, Kind], list[float]] = defaultdict(list)
+    for span in (span for timeline in timelines for span in timeline.spans):
+        stage, kind, duration = span.action.stage, span.action.kind, span.end - span.start
+        if kind is Kind.BACKWARD:
+            durations[stage, Kind.INPUT_GRADIENT].append(duration / 2)
+            durations[stage, Kind.WEIGHT_GRADIENT].append(duration / 2)
+        else:
+            durations[stage, kind].append(duration)
+
+    def each(kind: Kind) -> tuple[float, ...]:
+        return tuple(median(durations[stage, kind] or [0.0]) for stage in range(timelines[0].schedule.layout.stages))
+
+    waits = [wait for timeline in timelines for wait in _waits(timeline)]
+    return Costs(
+        each(Kind.FORWARD),
+        each(Kind.INPUT_GRADIENT),
+        each(Kind.WEIGHT_GRADIENT),
+        transfer=median(waits or [0.0]),
+        unit=timelines[0].unit,
+    )
+
+
+def _waits(timeline: Timeline) -> Iterator[float]:
+    """For each action that waited for another rank's: the time between the two."""
+    span_of: dict[Action, Span] = {span.action: span for span in timeline.spans}
+    for rank in range(timeline.schedule.layout.ranks):
+        for before, span in pairwise(timeline.rank(rank)):
+            awaited = max(
+                (span_of[need] for need in needs(span.action, timeline.schedule)), key=lambda s: s.end, default=span
+            )
+            if awaited.rank != rank and awaited.end > before.end:
+                yield max(0.0, span.start - awaited.end)

@@ -1,0 +1,286 @@
+"""The one executor: it plays a rank's program on real stages.
+
+Everything that can be decided before a step is decided when the executor is made: which tensors a stage takes and where
+they come from, which it hands on, which gradients travel. A step then only looks up, computes, and passes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+
+from pipework.plan import Action, Compute, Instruction, Kind, Layout, Program, Receive, Span, Transfer
+from pipework.run.transport import Arrival, Transport, Wait
+from pipework.split.cut import Edge, Wire
+from pipework.split.draws import DrawKey, drawing_for
+from pipework.split.pipe import Variant
+from pipework.split.stage import Stage
+
+SENDS_UNDER_WAY = 4
+"""Messages of one edge that may be under way before the oldest is waited for; each holds its tensors in memory."""
+
+
+@dataclasses.dataclass(slots=True)
+class Feed:
+    """What one step works on, on one rank: the inputs by microbatch and position, and what becomes of the output."""
+
+    inputs: Sequence[Sequence[torch.Tensor | None]]
+    finish: Callable[
+        [int, Sequence[torch.Tensor]], torch.Tensor | None
+    ]  # (microbatch, results) -> loss to go back from
+    draw: DrawKey | None = None
+    spans: list[Span] | None = None
+
+
+class _End:
+    """One stage's end of one edge."""
+
+    def __init__(self, edge: Edge, positions: Sequence[int]) -> None:
+        self.edge = edge
+        self.positions = tuple(positions)  # of the wires among the stage's inputs or outputs
+        self.back = tuple(
+            (position, wire) for position, wire in zip(positions, edge.wires, strict=True) if wire.gradient
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kept:
+    """What a stage keeps of a microbatch between its forward and its backward."""
+
+    taken: list[torch.Tensor]
+    out: tuple[torch.Tensor, ...]
+    loss: torch.Tensor | None
+
+
+class StageRun:
+    """A stage at work on this rank."""
+
+    def __init__(self, variant: Variant, index: int, stage: Stage, device: torch.device, trains: bool) -> None:
+        self.device = device
+        self.index, self.stage, self.code, self.trains = index, stage, variant.codes[index], trains
+        self.part = part = variant.cut.parts[index]
+        first = len(part.inputs)
+        self.incoming: list[_End] = []
+        for edge in (e for e in variant.cut.edges if e.target == index):
+            self.incoming.append(_End(edge, range(first, first + len(edge.wires))))
+            first += len(edge.wires)
+        self.outgoing = [
+            _End(edge, [part.outputs.index(w.value) for w in edge.wires])
+            for edge in variant.cut.edges
+            if edge.source == index
+        ]
+        self.is_last = part is variant.cut.parts[-1]
+        self.results = [part.outputs.index(value) for value in variant.cut.results] if self.is_last else []
+        draws = any(e.draw for e in part.entries) or any(
+            name == own or name.startswith(own + ".") for name in variant.drawing for own in part.modules
+        )
+        self.calls_before = variant.calls_before[index] if draws else None
+
+    def forward(self, microbatch: int, feed: Feed, received: Sequence[Sequence[torch.Tensor]]) -> Kept:
+        """Run the stage on what came over each incoming edge."""
+        inputs = feed.inputs[microbatch]
+        taken: list[Any] = [inputs[position] for _, position in self.part.inputs]
+        taken = [t if t.device == self.device else t.to(self.device, non_blocking=True) for t in taken]
+        for tensors in received:
+            taken += tensors
+        if self.trains:
+            for end in self.incoming:
+                for position, _ in end.back:
+                    taken[position].requires_grad_()
+        out = self.code(self.stage, *taken)
+        loss = feed.finish(microbatch, [out[i] for i in self.results]) if self.is_last else None
+        return Kept(taken, out, loss)
+
+    def backward(self, kept: Kept, gradients: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Go back from the loss and from what came back over each outgoing edge that returns gradients."""
+        roots: list[torch.Tensor] = []
+        seeds: list[torch.Tensor | None] = []
+        returning = (end for end in self.outgoing if end.back)
+        for end, came in zip(returning, gradients, strict=True):
+            for (position, _), gradient in zip(end.back, came, strict=True):
+                if kept.out[position].requires_grad:
+                    roots.append(kept.out[position])
+                    seeds.append(gradient)
+        if kept.loss is not None and kept.loss.requires_grad:
+            roots.append(kept.loss)
+            seeds.append(None)
+        if roots:
+            torch.autograd.backward(roots, seeds)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Route:
+    """Where a transfer goes."""
+
+    key: tuple[int, int, int]  # from stage, to stage, microbatch
+    peer: int
+    channel: int
+    wires: tuple[Wire, ...]
+
+
+@final
+class Executor:
+    """Plays one rank's program, again and again."""
+
+    def __init__(
+        self,
+        program: Program,
+        layout: Layout,
+        variant: Variant,
+        stages: Mapping[int, Stage],
+        transport: Transport,
+        trains: bool,
+    ) -> None:
+        self.rank, self.transport, self.layout, self.trains = program.rank, transport, layout, trains
+        own = next((p for stage in stages.values() for p in (*stage.parameters(), *stage.buffers())), None)
+        self.runs = {
+            index: StageRun(variant, index, stage, stage.device_beside(own), trains) for index, stage in stages.items()
+        }
+        self._edges = {(e.source, e.target): e for e in variant.cut.edges}
+        self._channels = {pair: number for number, pair in enumerate(sorted(self._edges))}
+        self._program = _ahead(
+            [self._bound(instruction) for instruction in program.instructions], transport.receives_ahead
+        )
+
+    def run(self, feed: Feed) -> None:
+        """One step; gradients are added to the parameters' own."""
+        step = _Step(self, feed)
+        for do, what in self._program:
+            do(step, what)
+        step.finish()
+
+    def is_here(self, stage: int) -> bool:
+        """Whether a stage is on this rank."""
+        return self.layout.rank_of[stage] == self.rank
+
+    def _bound(self, instruction: Instruction) -> Bound:
+        if isinstance(instruction, Compute):
+            action = instruction.action
+            do = _Step.forward if action.kind is Kind.FORWARD else _Step.backward
+            return do, (action, self.runs[action.stage])
+        do = _Step.receive if isinstance(instruction, Receive) else _Step.send
+        return do, self._route(instruction.transfer)
+
+    def _route(self, transfer: Transfer) -> Route:
+        source, target = transfer.after.stage, transfer.to
+        forward = source < target
+        edge = self._edges[(source, target) if forward else (target, source)]
+        return Route(
+            key=(source, target, transfer.after.microbatch),
+            peer=self.layout.rank_of[target if self.is_here(source) else source],
+            channel=2 * self._channels[edge.source, edge.target] + (not forward),
+            wires=edge.wires if forward else tuple(_returned(wire) for wire in edge.wires if wire.gradient),
+        )
+
+
+Bound = tuple[Callable[["_Step", Any], None], Any]
+
+
+def _ahead(program: list[Bound], count: int) -> list[Bound]:
+    """The program with the first `count` receives of each channel at its start, and each later one `count` earlier.
+
+    Only for a transport on which being ready blocks nobody; the order within each channel stays.
+    """
+    channels: dict[int, deque[Bound]] = {}
+    for bound in program:
+        if bound[0] is _Step.receive:
+            channels.setdefault(bound[1].channel, deque()).append(bound)
+    start = [waiting.popleft() for waiting in channels.values() for _ in range(min(count, len(waiting)))]
+    rest: list[Bound] = []
+    for bound in program:
+        if bound[0] is not _Step.receive:
+            rest.append(bound)
+        elif channels[bound[1].channel]:
+            rest.append(channels[bound[1].channel].popleft())
+    return start + rest
+
+
+class _Step:
+    """One step under way on one rank."""
+
+    def __init__(self, executor: Executor, feed: Feed) -> None:
+        self.executor, self.feed = executor, feed
+        self.kept: dict[Action, Kept] = {}
+        self.arrivals: dict[tuple[int, int, int], Arrival] = {}
+        self.ready: dict[tuple[int, int, int], Sequence[torch.Tensor]] = {}  # made here, for here or to be sent
+        self.sending: dict[int, deque[Wait]] = {}  # by channel
+
+    def receive(self, route: Route) -> None:
+        executor = self.executor
+        device = executor.runs[route.key[1]].device
+        self.arrivals[route.key] = executor.transport.receive(route.wires, route.peer, route.channel, device)
+
+    def send(self, route: Route) -> None:
+        under_way = self.sending.setdefault(route.channel, deque())
+        if len(under_way) == SENDS_UNDER_WAY:
+            under_way.popleft()()
+        tensors = self.ready.pop(route.key)
+        under_way.append(self.executor.transport.send(tensors, route.wires, route.peer, route.channel))
+
+    def finish(self) -> None:
+        for under_way in self.sending.values():
+            for wait in under_way:
+                wait()
+
+    def forward(self, work: tuple[Action, StageRun]) -> None:
+        action, run = work
+        received = [self.arrived(end.edge.source, action) for end in run.incoming]
+        begin = time.perf_counter()
+        with self.drawing(run, action):
+            kept = run.forward(action.microbatch, self.feed, received)
+        self.record(action, begin)
+        if self.executor.trains:
+            self.kept[action] = kept
+        for end in run.outgoing:
+            self.ready[run.index, end.edge.target, action.microbatch] = [kept.out[i].detach() for i in end.positions]
+
+    def backward(self, work: tuple[Action, StageRun]) -> None:
+        action, run = work
+        kept = self.kept.pop(Action(action.stage, Kind.FORWARD, action.microbatch))
+        gradients = [self.arrived(end.edge.target, action) for end in run.outgoing if end.back]
+        begin = time.perf_counter()
+        with self.drawing(run, action):
+            run.backward(kept, gradients)
+        self.record(action, begin)
+        for end in run.incoming:
+            if end.back:
+                back = [_gradient(kept.taken[position]) for position, _ in end.back]
+                self.ready[run.index, end.edge.source, action.microbatch] = back
+
+    def arrived(self, source: int, action: Action) -> Sequence[torch.Tensor]:
+        """What another stage made for this action."""
+        key = source, action.stage, action.microbatch
+        return self.ready.pop(key) if self.executor.is_here(source) else self.arrivals.pop(key)()
+
+    def drawing(self, run: StageRun, action: Action) -> contextlib.AbstractContextManager[None]:
+        if run.calls_before is None or self.feed.draw is None:
+            return _NOTHING
+        return drawing_for(dataclasses.replace(self.feed.draw, microbatch=action.microbatch), run.calls_before)
+
+    def record(self, action: Action, begin: float) -> None:
+        if self.feed.spans is not None:
+            self.feed.spans.append(Span(self.executor.rank, action, begin, time.perf_counter()))
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def _returned(wire: Wire) -> Wire:
+    """What a value's gradient travels as: laid out as the value, unless elements of that share memory (`expand`)."""
+    reach = 0
+    for step, size in sorted(zip(wire.stride, wire.shape, strict=True)):
+        if size > 1 and step <= reach:
+            return dataclasses.replace(wire, stride=torch.empty(wire.shape, device="meta").stride())
+        reach += (size - 1) * step
+    return wire
+
+
+def _gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """The gradient of a stage's input; zeros where the stage used the value without one."""
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad

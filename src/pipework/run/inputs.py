@@ -1,0 +1,170 @@
+"""What a step is called with: arguments and target, split into microbatches, on ranks that may each have only a part.
+
+Where every rank passes all inputs, each can work out the same plan by itself, and nothing is exchanged. Where some rank
+leaves inputs out, ranks tell one another before each step what they have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import torch
+
+from pipework.errors import InputError, MismatchError
+from pipework.plan import Schedule
+from pipework.run.transport import Transport, refusing, together
+from pipework.split.arguments import Arguments, named
+from pipework.split.microbatch import chunk
+from pipework.split.pipe import Pipe, Variant
+from pipework.split.trees import leaves, map_leaves
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch in microbatches: the variant of the cut for it, its input tensors by position, its targets."""
+
+    variant: Variant
+    inputs: list[list[torch.Tensor | None]]
+    targets: list[Any]
+
+
+class Absent:
+    """Stands for a tensor that another rank has: its layout."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.layout = tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Absent) and self.layout == other.layout
+
+    def __hash__(self) -> int:
+        return hash(self.layout)
+
+    def __repr__(self) -> str:
+        return f"a tensor of {self.layout[0]}, {self.layout[2]}"
+
+    def tensor(self) -> torch.Tensor:
+        """A tensor of this layout, without values."""
+        shape, stride, dtype, requires_grad = self.layout
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta").requires_grad_(requires_grad)
+
+
+@final
+class Inputs:
+    """Makes batches for one runner."""
+
+    def __init__(self, pipe: Pipe, schedule: Schedule, chunk_spec: Mapping[str, Any]) -> None:
+        self._pipe, self._microbatches, self._layout = pipe, schedule.microbatches, schedule.layout
+        self._chunk_spec = chunk_spec
+        self._tensor_arguments = {
+            name
+            for name, value in pipe.example.values.items()
+            if any(isinstance(x, torch.Tensor) for x in leaves(value))
+        }
+        self._everyone_has_all: bool | None = None
+
+    def batch(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, ends: Sequence[Transport], first: bool
+    ) -> Batch:
+        """The batch of one call; raises `InputError` for what does not fit, before anything is sent.
+
+        `first` says that no call was made before, so that all ranks will still agree on a plan.
+        """
+        in_threads = len(ends) == ends[0].ranks
+        arguments = self._pipe.bind(args, kwargs) if in_threads else self._gathered(args, kwargs, ends[0])
+        with refusing(ends[0], not in_threads and (first or not self._everyone_has_all)):
+            parts = chunk(arguments.values, self._microbatches, self._spec(arguments.values))
+            variant = self._variant([arguments.with_values(part) for part in parts])
+            inputs = [[None if t.is_meta else t for t in arguments.with_values(part).tensors()] for part in parts]
+            targets = {"target": target}
+            aims = [part["target"] for part in chunk(targets, self._microbatches, self._spec(targets))]
+        if not in_threads and not self._everyone_has_all:
+            self._refuse_missing(variant, inputs[0], arguments, ends[0])
+        return Batch(variant, inputs, aims)
+
+    def _variant(self, parts: Sequence[Arguments]) -> Variant:
+        """The one variant for all microbatches; a model that counts its calls must do the same in each of them."""
+        variant = self._pipe.variant(parts[0])
+        if not variant.changed_attributes:
+            return variant
+        for microbatch, part in enumerate(parts):
+            if self._pipe.variant(part).sources != variant.sources:
+                module, name, _ = variant.changed_attributes[0]
+                raise InputError(
+                    f"the model does something else in microbatch {microbatch} than in microbatch 0",
+                    why=f"its forward changes {f'{module}.{name}'.lstrip('.')!r}, and branches on it",
+                    remedy="have the forward depend on its arguments only, or put it in a module that stays whole",
+                )
+            self._pipe.ran(self._pipe.variant(part))
+        return variant
+
+    def _spec(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What the chunk spec says about these values; inputs that a rank was not given may be in it too."""
+        known = {*self._pipe.example.signature.parameters, "target"}
+        for name in self._chunk_spec:
+            if name not in known:
+                raise InputError(
+                    f"the chunk spec names {name!r}, which is no argument",
+                    remedy=f"the arguments are {', '.join(sorted(known))}",
+                )
+        return {name: rule for name, rule in self._chunk_spec.items() if values.get(name) is not None}
+
+    def _gathered(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], end: Transport) -> Arguments:
+        """This rank's arguments, with a stand-in for each that only other ranks have."""
+        with refusing(end, not self._everyone_has_all):
+            mine = self._pipe.bind(args, kwargs, partial=not self._everyone_has_all)
+        given = {name: value for name, value in mine.values.items() if value is not None}
+        missing = sorted(self._tensor_arguments - given.keys())
+        if self._everyone_has_all is None:
+            self._everyone_has_all = not any(together(end, missing))
+        if self._everyone_has_all:
+            if missing:
+                raise InputError(
+                    f"{missing[0]} was passed in the first step, and not in this one",
+                    where=f"rank {end.rank}",
+                    why="ranks that all have all inputs tell one another nothing, so the others would wait",
+                    remedy="pass the same arguments in every step, or make another runner for the other kind of call",
+                )
+            return self._pipe.bind(args, kwargs)
+        told = together(end, map_leaves(lambda x: Absent(x) if isinstance(x, torch.Tensor) else x, dict(mine.values)))
+        values: dict[str, Any] = {}
+        for name in mine.signature.parameters:
+            holders = [(rank, has[name]) for rank, has in enumerate(told) if has.get(name) is not None]
+            for rank, value in holders:
+                if value != holders[0][1]:
+                    raise MismatchError(
+                        f"ranks {holders[0][0]} and {rank} pass another {name}",
+                        where=f"{holders[0][1]!r} and {value!r}",
+                        remedy="every rank that passes an argument passes the same one",
+                    )
+            if name in given:
+                values[name] = given[name]
+            elif holders:
+                values[name] = map_leaves(lambda x: x.tensor() if isinstance(x, Absent) else x, holders[0][1])
+            elif any(name in has for has in told):
+                values[name] = None
+        return mine.with_values(values)
+
+    def _refuse_missing(
+        self, variant: Variant, inputs: list[torch.Tensor | None], arguments: Arguments, end: Transport
+    ) -> None:
+        names = [name for name, leaf in named(arguments.values) if isinstance(leaf, torch.Tensor)]
+        problem = next(
+            (
+                (names[position], stage)
+                for stage in self._layout.held_by(end.rank)
+                for _, position in variant.cut.parts[stage].inputs
+                if inputs[position] is None
+            ),
+            None,
+        )
+        for rank, found in enumerate(together(end, problem)):
+            if found is not None:
+                raise InputError(
+                    f"rank {rank} was not given {found[0]}",
+                    where=f"stage {found[1]}",
+                    why="the stage reads this input, and a rank gets inputs from its own caller only",
+                    remedy=f"pass {found[0]} on rank {rank} too",
+                )

@@ -1,0 +1,107 @@
+"""From outputs to one loss: computed where the last stage is, told to every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+
+from pipework.errors import InputError
+from pipework.run.transport import Transport
+from pipework.split.pipe import Variant
+from pipework.split.trees import map_leaves
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@final
+class Losses:
+    """Collects what the last stage gives for each microbatch of one step."""
+
+    def __init__(
+        self,
+        loss: Callable[[Any, Any], torch.Tensor] | None,
+        trains: bool,
+        divisor: int,
+        targets: Sequence[Any],
+        variant: Variant,
+        keep: bool,
+    ) -> None:
+        self._loss, self._divisor, self._targets = loss, divisor, targets
+        self._required = trains or (loss is not None and any(target is not None for target in targets))
+        self._variant, self._keep = variant, keep
+        self._values: list[torch.Tensor | None] = [None] * len(targets)
+        self._outputs: list[Any] = [None] * len(targets)
+
+    def finish(self, microbatch: int, results: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Note the output of one microbatch; gives the loss to go back from."""
+        output = self._variant.rebuild(results)
+        if self._keep:
+            self._outputs[microbatch] = map_leaves(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, output)
+        if not self._required and (self._loss is not None or _found(output) is None):
+            return None
+        here = _beside(results)
+        target = map_leaves(
+            lambda x: x.to(here) if isinstance(x, torch.Tensor) and here is not None else x, self._targets[microbatch]
+        )
+        loss = own_loss(output) if self._loss is None else self._loss(output, target)
+        if not isinstance(loss, torch.Tensor) or loss.dim():
+            shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(type(loss))
+            raise InputError(
+                f"the loss of microbatch {microbatch} is {shape}",
+                why="a step goes back from one number per microbatch",
+                remedy="reduce it to a tensor without dimensions, with .mean() for example",
+            )
+        self._values[microbatch] = loss.detach()
+        return loss / self._divisor if self._divisor != 1 else loss
+
+    @property
+    def outputs(self) -> list[Any]:
+        """The microbatches' outputs, where the last stage is and they are kept; else empty."""
+        return [] if any(output is None for output in self._outputs) else self._outputs
+
+    def total(self, ends: Sequence[Transport], last: int) -> torch.Tensor | None:
+        """The step's loss on every rank: the sum over microbatches, divided as their backwards were."""
+        known = [value for value in self._values if value is not None]
+        if len(ends) == ends[0].ranks:
+            return _total(torch.stack(known), self._divisor) if known else None
+        message = torch.zeros(len(self._values) + 1, dtype=torch.float64, device=_device(ends[0], known))
+        if known:
+            message[0] = 1 + _DTYPES.index(known[0].dtype)
+            message[1:] = torch.stack(known)
+        message = ends[0].share(message, last)
+        kind = int(message[0])
+        return _total(message[1:].to(_DTYPES[kind - 1]), self._divisor) if kind else None
+
+
+def _beside(results: Sequence[torch.Tensor]) -> torch.device | None:
+    """Where the output is, and the loss is computed; None where there is no tensor in it."""
+    return next((result.device for result in results), None)
+
+
+def _total(losses: torch.Tensor, divisor: int) -> torch.Tensor:
+    return losses.sum() / divisor
+
+
+def _device(end: Transport, known: Sequence[torch.Tensor]) -> torch.device:
+    return known[0].device if known else end.device
+
+
+def own_loss(output: Any) -> torch.Tensor:
+    """The loss that a model computes itself: its output's `.loss` or `["loss"]`, or the output if it is one number."""
+    found = _found(output)
+    if found is None:
+        raise InputError(
+            "the model's output has no loss",
+            why=f"no loss was given, and the output is {type(output).__name__}",
+            remedy="pass loss=... to the runner, or the labels from which the model computes its own",
+        )
+    return found
+
+
+def _found(output: Any) -> Any:
+    if isinstance(output, torch.Tensor) and not output.dim():
+        return output
+    found = getattr(output, "loss", None)
+    return output.get("loss") if found is None and isinstance(output, dict) else found

@@ -1,0 +1,66 @@
+"""What a runner works out once for each kind of step: the executors of its ranks, and that all ranks mean the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from pipework.errors import MismatchError
+from pipework.plan import Program, Schedule, check, forward_only, lower
+from pipework.run.executor import Executor
+from pipework.run.transport import Transport, together
+from pipework.split.pipe import Pipe, Variant
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """One kind of step, ready to be played by each rank at hand."""
+
+    schedule: Schedule
+    variant: Variant
+    executors: tuple[Executor, ...]
+
+
+def plan(pipe: Pipe, schedule: Schedule, variant: Variant, trains: bool, ends: Sequence[Transport]) -> Plan:
+    """Lower the schedule over the variant's edges and prepare the executors of the ranks in `ends`."""
+    layout = pipe.lay(schedule.layout, variant)
+    if trains:
+        schedule = schedule.with_layout(layout)
+        check(schedule)
+    else:
+        schedule = forward_only(layout, schedule.microbatches)
+    programs: tuple[Program, ...] = lower(schedule)
+    executors = tuple(
+        Executor(
+            programs[end.rank],
+            layout,
+            variant,
+            {index: pipe.get_stage_module(index) for index in layout.held_by(end.rank)},
+            end,
+            trains,
+        )
+        for end in ends
+    )
+    return Plan(schedule, variant, executors)
+
+
+def fingerprint(variant: Variant) -> str:
+    """16 hexadecimal digits over all that ranks must agree on about a cut: its edges and their wires."""
+    return hashlib.sha256(repr((variant.cut.edges, variant.cut.results)).encode()).hexdigest()[:16]
+
+
+def agree(facts: dict[str, Any], end: Transport) -> None:
+    """Raise `MismatchError` on every rank, before a tensor moves, where a fact differs between ranks."""
+    everyone = together(end, facts)
+    for name in facts:
+        values = [told.get(name) for told in everyone]
+        for rank, value in enumerate(values):
+            if value != values[0]:
+                raise MismatchError(
+                    f"rank {rank} has another {name} than rank 0",
+                    where=f"{name}: {values[0]!r} on rank 0, {value!r} on rank {rank}",
+                    why="ranks that plan differently would wait for each other for ever",
+                    remedy="make the same model, cut, schedule and runner on every rank; pass inputs of the same shape",
+                )

@@ -1,0 +1,123 @@
+"""Ranks as processes, through `torch.distributed` point-to-point calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from typing_extensions import override
+
+from pipework.errors import TransportError
+from pipework.run.transport import Arrival, Transport, Wait, announced
+from pipework.split.cut import Wire
+from pipework.split.torch_private import timeout_of
+
+GLOO_RECEIVES_AHEAD = 4
+"""A Gloo send that finds its receive posted is one write; else both sides negotiate, through Gloo's own thread."""
+
+Lane = dist.ProcessGroup | dist.ProcessGroupGloo
+_known_lanes: WeakKeyDictionary[dist.ProcessGroup, tuple[Lane, Lane]] = WeakKeyDictionary()
+
+
+def _lanes(group: dist.ProcessGroup) -> tuple[Lane, Lane]:
+    """Connections of their own for each direction of the pipeline, shared by all runners of a group.
+
+    On one connection a message that leaves makes those that arrive wait, and Gloo's thread spins meanwhile.
+    """
+    lanes = _known_lanes.get(group)
+    if lanes is None:
+        store, rank, ranks = group.get_group_store(), dist.get_rank(group), dist.get_world_size(group)
+        forward, back = (
+            dist.ProcessGroupGloo(dist.PrefixStore(f"pipework/{way}", store), rank, ranks, timeout_of(group))
+            for way in ("forward", "back")
+        )
+        lanes = _known_lanes[group] = forward, back
+    return lanes
+
+
+@final
+class ProcessTransport(Transport):
+    """One process's end of a process group; the group's ranks are the pipeline's."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._group, self.device = group, device
+        self._lanes: tuple[Lane, Lane] = (group, group)  # for values, and for gradients
+        if dist.get_backend(group) == "gloo":
+            self._lanes, self.receives_ahead = _lanes(group), GLOO_RECEIVES_AHEAD
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise TransportError(
+                "this process is not in the group of the pipeline",
+                remedy="make the runner only in the processes of the group",
+            )
+
+    @override
+    def send(self, tensors: Sequence[torch.Tensor], wires: Sequence[Wire], to: int, channel: int) -> Wait:
+        laid = [_laid(tensor, wire) for tensor, wire in zip(tensors, wires, strict=True)]
+        spans = [span for span in map(_span, laid) if span.numel()]
+        works = [self._lanes[channel % 2].send([span], to, channel) for span in spans]
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+            spans.clear()  # until here the memory must stay
+
+        return wait
+
+    @override
+    def receive(self, wires: Sequence[Wire], source: int, channel: int, device: torch.device) -> Arrival:
+        tensors = [_empty(wire, device) for wire in wires]
+        spans = [span for span in map(_span, tensors) if span.numel()]
+        works = [self._lanes[channel % 2].recv([span], source, channel) for span in spans]
+
+        def wait() -> list[torch.Tensor]:
+            for work in works:
+                work.wait()
+            return tensors
+
+        return wait
+
+    @override
+    def exchange(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.ranks
+        dist.all_gather_object(found, value, self._group)
+        return found
+
+    @override
+    def fail(self, error: BaseException) -> None:
+        """The group has no way to say so; the others run into its time limit."""
+
+    @override
+    def share(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        dist.broadcast(tensor, group=self._group, group_src=source)
+        return tensor
+
+
+def _span(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory between the first and the last element, as one row: what travels."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    return tensor.as_strided((_length(tensor.shape, tensor.stride()),), (1,))
+
+
+def _length(shape: Sequence[int], stride: Sequence[int]) -> int:
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+def _empty(wire: Wire, device: torch.device) -> torch.Tensor:
+    memory = torch.empty(_length(wire.shape, wire.stride), dtype=wire.dtype, device=device)
+    return memory.as_strided(wire.shape, wire.stride)
+
+
+def _laid(tensor: torch.Tensor, wire: Wire) -> torch.Tensor:
+    """The tensor in the layout that the receiver awaits."""
+    announced(tensor, wire)
+    tensor = tensor.resolve_conj().resolve_neg()  # what travels is memory, which does not show these
+    if tensor.stride() == wire.stride:
+        return tensor
+    return _empty(wire, tensor.device).copy_(tensor)

@@ -1,0 +1,323 @@
+"""Training a pipe: one call a step, the same on every rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import nn
+
+from pipework.errors import InputError, PipeworkError, ScheduleError
+from pipework.plan import Costs, Schedule, Span, Timeline, check
+from pipework.run.executor import Feed
+from pipework.run.inputs import Batch, Inputs
+from pipework.run.losses import Losses
+from pipework.run.plans import Plan, agree, fingerprint, plan
+from pipework.run.transport import Threads, Transport, refusing, together
+from pipework.split.draws import DrawKey, streams
+from pipework.split.microbatch import UNSAID, merge
+from pipework.split.pipe import Pipe
+from pipework.split.tape import Surroundings
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+Loss = Callable[[Any, Any], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What `Runner.evaluate` gives: the loss on every rank, and the output where the last stage is (else None)."""
+
+    loss: torch.Tensor | None
+    output: Any
+
+
+@final
+class Runner:
+    """Runs a pipe by a schedule, on threads of this process or on the processes of a group.
+
+    Every rank makes the same calls. `loss` is a callable on (output, target), or None for a model whose output has a
+    `.loss`. Each microbatch's loss is divided by their number before its backward, unless `scale_loss` is False;
+    gradients are added to `.grad`, so that several steps accumulate. Tensors are split into microbatches along
+    dimension 0, unless `chunk_spec` says otherwise for an argument or for `target` (see `pipework.split.microbatch`).
+
+    `recorded` is the last step's timeline; threads always record, processes with `record=True`. With `keep_outputs`
+    set, `outputs` is the last step's output. Random numbers depend on `seed`, which is torch's own on rank 0 when the
+    runner is made, and on `steps`, the number of steps made; set both to continue a run.
+
+    Raises `InputError` for a schedule that does not fit the pipe or the group.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> pipe = pipework.pipeline(model, (torch.ones(2, 4),), stages=2)
+    >>> schedule = pipework.schedules.one_f_one_b(pipe.layout(ranks=2), microbatches=4)
+    >>> runner = pipework.Runner(pipe, schedule, loss=torch.nn.functional.mse_loss)
+    >>> loss = runner.step(torch.ones(8, 4), target=torch.zeros(8, 2))
+    >>> loss.shape, model[0].weight.grad.shape
+    (torch.Size([]), torch.Size([8, 4]))
+    """
+
+    def __init__(
+        self,
+        pipe: Pipe,
+        schedule: Schedule,
+        *,
+        loss: Loss | None = None,
+        group: dist.ProcessGroup | None = None,
+        scale_loss: bool = True,
+        chunk_spec: Mapping[str, Any] | None = None,
+        output_merge_spec: Any = UNSAID,
+        record: bool = False,
+    ) -> None:
+        self.pipe, self.schedule = pipe, schedule
+        self._threads = Threads(schedule.layout.ranks) if group is None else None
+        self._ends: tuple[Transport, ...] = (
+            self._threads.ends if self._threads else (_process_end(group, self._device()),)
+        )
+        self._loss, self._scale_loss = loss, scale_loss
+        self._inputs = Inputs(pipe, schedule, dict(chunk_spec or {}))
+        self._merge_spec, self._record = output_merge_spec, record or group is None
+        self.keep_outputs = False
+        with refusing(self._ends[0], group is not None):
+            self._refuse_unfit(pipe, schedule)
+        self._names = canonical_names(pipe.model)
+        self._buffer_names = {name for name, _ in pipe.model.named_buffers()}
+        self._plans: dict[tuple[int, bool], Plan] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self.steps = 0
+        self._spans: list[Span] | None = None
+        self._recorded: tuple[Schedule, list[Span]] | None = None
+        self._outputs: Any = None
+        self.seed = self.exchange(torch.initial_seed())[0]
+
+    def _device(self) -> torch.device:
+        """Where this process computes."""
+        return next((p.device for p in self.pipe.parameters() if not p.is_meta), torch.device("cpu"))
+
+    def _refuse_unfit(self, pipe: Pipe, schedule: Schedule) -> None:
+        if schedule.layout.stages != pipe.num_stages:
+            raise InputError(
+                f"the schedule has {schedule.layout.stages} stages, and the pipe {pipe.num_stages}",
+                remedy="make the schedule over pipe.layout(ranks=...)",
+            )
+        if self._ends[0].ranks != schedule.layout.ranks:
+            raise InputError(
+                f"the schedule has {schedule.layout.ranks} ranks, and the group {self._ends[0].ranks}",
+                remedy="make the layout for as many ranks as the group has",
+            )
+        check(schedule)
+        split = next((a for order in schedule.orders for a in order if schedule.splits(a.stage, a.microbatch)), None)
+        if split is not None:
+            raise ScheduleError(
+                f"{schedule.name} splits the backward of stage {split.stage} on microbatch {split.microbatch}",
+                why="stages go backward in one piece so far",
+                remedy="run a schedule of forwards (F) and full backwards (B); others can be drawn and simulated",
+            )
+        holders: dict[int, tuple[str, int]] = {}
+        for index in range(pipe.num_stages):
+            for name, parameter in pipe.get_stage_module(index).named_parameters():
+                first, stage = holders.setdefault(id(parameter), (name, index))
+                if stage != index:
+                    raise InputError(
+                        f"the parameter {name!r} is used by stage {index}, and as {first!r} by stage {stage}",
+                        why="their gradients would have to be added up between stages, which is not supported yet",
+                        remedy="cut so that all uses of it lie in one stage, or untie the weights",
+                    )
+
+    # ------------------------------------------------------------------ steps
+
+    def step(self, *args: Any, target: Any = None, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of one batch; gives the loss, the same on every rank.
+
+        The loss is the mean over microbatches (their sum without `scale_loss`), detached. Each rank needs only the
+        inputs that its stages read, and the target only where the last stage is; others may be left out or None.
+        """
+        if not self.schedule.trains:
+            raise InputError(
+                f"the schedule {self.schedule.name!r} only goes forward",
+                remedy="call evaluate(), or use one that trains",
+            )
+        if not torch.is_grad_enabled():
+            raise InputError(
+                "step() was called with gradients switched off",
+                why="it would go backward through nothing",
+                remedy="call it outside torch.no_grad() and torch.inference_mode(), or call evaluate()",
+            )
+        batch = self._inputs.batch(args, kwargs, target, self._ends, not self._plans)
+        loss = self._play(batch, trains=True)
+        assert loss is not None
+        self.steps += 1
+        return loss
+
+    def evaluate(self, *args: Any, target: Any = None, **kwargs: Any) -> Evaluation:
+        """Forward of one batch without gradients; neither gradients nor the count of steps change.
+
+        The model's mode is left as it is: call `pipe.eval()` first for a model with dropout.
+        """
+        with torch.no_grad():
+            batch = self._inputs.batch(args, kwargs, target, self._ends, not self._plans)
+            loss = self._play(batch, trains=False)
+        return Evaluation(loss, self._outputs)
+
+    def _play(self, batch: Batch, trains: bool) -> torch.Tensor | None:
+        made = self._plan(batch, trains)
+        divisor = self.schedule.microbatches if self._scale_loss else 1
+        keep = self.keep_outputs or not trains
+        losses = Losses(self._loss, trains, divisor, batch.targets, made.variant, keep)
+        spans: list[Span] | None = [] if self._record else None
+        draw = DrawKey(self.seed, self.steps, 0)
+        feed = Feed(batch.inputs, losses.finish, draw, spans)
+        modules = self._drawing_modules(made)
+        with streams(modules, made.variant.drawing):
+            self._run(made, feed)
+        self._recorded = None
+        if spans is not None:
+            self._recorded = made.schedule, [span for told in self.exchange(spans) for span in told]
+        self._outputs = merge(losses.outputs, self._merge_spec) if losses.outputs else None
+        return losses.total(self._ends, made.schedule.layout.rank_of[-1])
+
+    def _plan(self, batch: Batch, trains: bool) -> Plan:
+        key = id(batch.variant), trains
+        made = self._plans.get(key)
+        if made is None:
+            if self._threads is None:
+                facts = {
+                    "schedule": (self.schedule.name, self.schedule.fingerprint),
+                    "number of microbatches": self.schedule.microbatches,
+                    "kind of step": "step" if trains else "evaluate",
+                    "cut": fingerprint(batch.variant),
+                    "scale_loss": self._scale_loss,
+                    "record": self._record,
+                }
+                agree(facts, self._ends[0])
+            made = self._plans[key] = plan(self.pipe, self.schedule, batch.variant, trains, self._ends)
+        return made
+
+    def _run(self, made: Plan, feed: Feed) -> None:
+        if self._threads is None:
+            made.executors[0].run(feed)
+            return
+        self._threads.begin()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(len(made.executors), "pipework-rank")
+        ambient, threads = Surroundings.now(), torch.get_num_threads()
+
+        def play(rank: int) -> None:
+            try:
+                torch.set_num_threads(threads)  # else oneDNN and MKL go by a count of each thread's own
+                with ambient.restored():
+                    made.executors[rank].run(feed)
+            except BaseException as error:
+                self._ends[rank].fail(error)
+                raise
+
+        futures = [self._pool.submit(play, rank) for rank in range(len(made.executors))]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:  # those that only heard of another's failure say less than it does
+            raise next((e for e in errors if e.__cause__ not in errors or e.__cause__ is None), errors[0])
+
+    def _drawing_modules(self, made: Plan) -> dict[str, nn.Module]:
+        if not made.variant.drawing:
+            return {}
+        return {
+            name: module
+            for executor in made.executors
+            for run in executor.runs.values()
+            for name, module in run.stage.named_modules()
+        }
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Every process's value, by rank; the one value of this process where ranks are threads. All ranks call it."""
+        return [value] if self._threads else together(self._ends[0], value)
+
+    # ------------------------------------------------------------------ what the last step left
+
+    @property
+    def recorded(self) -> Timeline:
+        """The last step as it really ran, on all ranks, in seconds."""
+        if self._recorded is None:
+            raise PipeworkError(
+                "no step was recorded",
+                why="recording costs processes one exchange a step, so they do it on request",
+                remedy="pass record=True to the runner, and make a step",
+            )
+        schedule, spans = self._recorded
+        return Timeline(schedule, tuple(spans), Costs(unit="s"))
+
+    @property
+    def outputs(self) -> Any:
+        """The last step's output, merged over microbatches, where the last stage is and if `keep_outputs` is set."""
+        return self._outputs
+
+    # ------------------------------------------------------------------ parameters
+
+    def _stages(self) -> list[nn.Module]:
+        layout = self.schedule.layout
+        held = sorted(index for end in self._ends for index in layout.held_by(end.rank))
+        return [self.pipe.get_stage_module(index) for index in held]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that this process holds, by their name in the original model, each once."""
+        seen: set[int] = set()
+        for stage in self._stages():
+            for name, parameter in stage.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield self._names[name], parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that this process holds, for its optimizer."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The buffers that this process holds, by their name in the original model."""
+        for stage in self._stages():
+            for name, buffer in stage.named_buffers():
+                if name in self._buffer_names:
+                    yield name, buffer
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers that this process holds, by their name in the original model."""
+        return {name: tensor for stage in self._stages() for name, tensor in stage.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Load what this process holds from a state dict of the original model, or of any other cut of it.
+
+        Raises `InputError` naming what is missing.
+        """
+        missing = [name for name in self.state_dict() if name not in state]
+        if missing:
+            raise InputError(f"the state dict lacks {', '.join(missing[:4])}", remedy="pass one of the whole model")
+        for stage in self._stages():
+            stage.load_state_dict({name: state[name] for name in stage.state_dict()})
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Scale all gradients so that their global norm is at most `max_norm`; gives the norm before, on every rank.
+
+        The norm is made of the parameters' norms in the order of the original model, as torch's own function does, so
+        it depends neither on the cut nor on the ranks. All ranks call it.
+        """
+        own = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
+        told = {n: torch.linalg.vector_norm(g, norm_type).cpu() for n, g in own.items()}
+        norms = {name: norm for each in self.exchange(told) for name, norm in each.items()}
+        ordered = [norms[name] for name, _ in self.pipe.model.named_parameters() if name in norms]
+        total = torch.linalg.vector_norm(torch.stack(ordered), norm_type) if ordered else torch.tensor(0.0)
+        scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        for gradient in own.values():
+            gradient.mul_(scale.to(gradient.device))
+        return total
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """For each name of a parameter the first that it has: a tied one has several, and a stage may hold it by any."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _process_end(group: Any, device: torch.device) -> Transport:
+    from pipework.run.processes import ProcessTransport
+
+    return ProcessTransport(group, device)

@@ -1,0 +1,241 @@
+"""Proof that a pipelined step equals the unsplit model, to the last bit.
+
+The reference is the unsplit model, run microbatch by microbatch. A parameter's gradients are added in the order in
+which its stage goes backward, since floating-point sums depend on their order; nothing else of the pipeline enters
+it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import nn
+
+from pipework.errors import InputError, nearest
+from pipework.plan import FAMILIES, Kind, Layout, Schedule
+from pipework.run import Runner
+from pipework.run.losses import own_loss
+from pipework.run.runner import canonical_names
+from pipework.split.arguments import Arguments, bind
+from pipework.split.draws import DrawKey, drawing_for, streams
+from pipework.split.marks import SplitPoint
+from pipework.split.microbatch import UNSAID, chunk, merge
+from pipework.split.pipe import Pipe, pipeline
+from pipework.split.trees import named_leaves
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Comparison:
+    """One tensor, compared: how far the pipeline's is from the reference's, and why they differ if not in numbers."""
+
+    kind: str  # loss, output, gradient, buffer
+    name: str
+    equal: bool
+    difference: float  # the largest absolute one
+    note: str = ""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """What `verify` found: every tensor that was compared."""
+
+    title: str
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Whether all were equal, and there was something to compare."""
+        return bool(self.comparisons) and all(c.equal for c in self.comparisons)
+
+    def text(self) -> str:
+        """A table by kind, and the worst of what differs."""
+        lines = [self.title, f"{'':10}{'compared':>10}{'equal':>10}{'largest difference':>22}"]
+        for kind in dict.fromkeys(c.kind for c in self.comparisons):
+            group = [c for c in self.comparisons if c.kind == kind]
+            equal, worst = sum(c.equal for c in group), max(c.difference for c in group)
+            lines.append(f"{kind:10}{len(group):>10}{equal:>10}{worst:>22.3g}")
+        different = sorted((c for c in self.comparisons if not c.equal), key=lambda c: -c.difference)
+        lines += [f"  {c.kind} {c.name}: {c.note or f'differs by {c.difference:.3g}'}" for c in different[:10]]
+        if len(different) > 10:
+            lines.append(f"  and {len(different) - 10} more")
+        lines.append("bitwise equal to the unsplit model" if self.equal else "NOT equal to the unsplit model")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "title": self.title,
+            "equal": self.equal,
+            "comparisons": [dataclasses.asdict(c) for c in self.comparisons],
+        }
+
+
+def verify(  # noqa: PLR0913 (one for each thing that a user may vary)
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    target: Any = None,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    split_spec: Mapping[str, SplitPoint] | None = None,
+    stages: int | None = None,
+    schedule: str | Schedule | Callable[[Layout, int], Schedule] = "one_f_one_b",
+    ranks: int = 2,
+    microbatches: int = 4,
+    group: dist.ProcessGroup | None = None,
+) -> Report:
+    """Compare one pipelined training step with the unsplit model: loss, outputs, every gradient, every buffer.
+
+    `args`, `kwargs` and `target` are one whole batch. The step runs on copies of the model, which stays as it is.
+    Ranks are threads of this process, or the processes of `group`, each of which makes the same call and gets the
+    same report. The model's mode counts: in train mode dropout is compared too.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(), torch.nn.Linear(8, 2))
+    >>> batch, target = torch.ones(8, 4), torch.zeros(8, 2)
+    >>> report = pipework.verify(model, (batch,), target=target, loss=torch.nn.functional.mse_loss, stages=2)
+    >>> print(report.text())
+    one_f_one_b: 2 ranks, 2 stages, 4 microbatches, 16 actions
+                compared     equal    largest difference
+    loss               1         1                     0
+    output             1         1                     0
+    gradient           4         4                     0
+    bitwise equal to the unsplit model
+    """
+    pipelined, reference = copy.deepcopy(model), copy.deepcopy(model)
+    for twin in (pipelined, reference):
+        twin.zero_grad(set_to_none=True)
+    batch = bind(model, args, dict(kwargs or {}))
+    parts = [batch.with_values(values) for values in chunk(batch.values, microbatches)]
+    pipe = _pipe(pipelined, parts[0], split_spec, stages, ranks)
+    plan = _schedule(schedule, pipe, ranks, microbatches)
+    runner = Runner(pipe, plan, loss=loss, group=group)
+    runner.keep_outputs = True
+    total = runner.step(*args, target=target, **dict(kwargs or {}))
+    expected = _reference(reference, parts, target, loss, pipe, plan, runner.seed)
+    found = [*_compared("loss", "", total, expected.loss)]
+    if runner.outputs is not None:
+        found += _compared_trees(runner.outputs, expected.output)
+    for name, parameter in runner.named_parameters():
+        found += _compared("gradient", name, parameter.grad, expected.gradients[name])
+    buffers = dict(reference.named_buffers())
+    for name, buffer in runner.named_buffers():
+        found += _compared("buffer", name, buffer, buffers[name])
+    comparisons = dict.fromkeys(c for told in runner.exchange(found) for c in told)
+    order = {"loss": 0, "output": 1, "gradient": 2, "buffer": 3}
+    return Report(plan.describe(), tuple(sorted(comparisons, key=lambda c: order[c.kind])))
+
+
+def _pipe(
+    model: nn.Module,
+    example: Arguments,
+    split_spec: Mapping[str, SplitPoint] | None,
+    stages: int | None,
+    ranks: int,
+) -> Pipe:
+    args, kwargs = example.split()
+    if split_spec is None and stages is None:
+        pipe = pipeline(model, args, kwargs)
+        return pipe if pipe.num_stages > 1 else pipeline(model, args, kwargs, stages=ranks)
+    return pipeline(model, args, kwargs, split_spec=split_spec, stages=stages)
+
+
+def _schedule(wanted: Any, pipe: Pipe, ranks: int, microbatches: int) -> Schedule:
+    if isinstance(wanted, Schedule):
+        return wanted
+    if isinstance(wanted, str):
+        if wanted not in FAMILIES:
+            raise InputError(
+                f"there is no schedule {wanted!r}",
+                why="the families are" + f" {', '.join(FAMILIES)}{nearest(wanted, FAMILIES)}",
+            )
+        wanted = FAMILIES[wanted]
+    schedule = wanted(pipe.layout(ranks), microbatches)
+    if not schedule.trains:
+        raise InputError(f"{schedule.name} only goes forward", remedy="verify a schedule that trains")
+    return schedule
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Expected:
+    loss: torch.Tensor
+    output: Any
+    gradients: Mapping[str, torch.Tensor | None]
+
+
+def _reference(
+    model: nn.Module, parts: Sequence[Arguments], target: Any, loss: Any, pipe: Pipe, plan: Schedule, seed: int
+) -> _Expected:
+    """One step of the unsplit model, microbatch by microbatch."""
+    count = len(parts)
+    targets = [values["target"] for values in chunk({"target": target}, count)]
+    drawing = pipe.variant(parts[0]).drawing
+    losses: list[torch.Tensor] = []
+    outputs: list[Any] = []
+    gradients: list[dict[str, torch.Tensor | None]] = []
+    with streams(dict(model.named_modules()), drawing):
+        for microbatch, part in enumerate(parts):
+            with drawing_for(DrawKey(seed, 0, microbatch)):
+                output = part.call(model)
+                own = own_loss(output) if loss is None else loss(output, targets[microbatch])
+                (own / count).backward()
+            losses.append(own.detach())
+            outputs.append(output)
+            gradients.append({name: p.grad for name, p in model.named_parameters()})
+            model.zero_grad(set_to_none=True)
+    summed = {name: _summed([gradients[m][name] for m in order]) for name, order in _orders(pipe, plan)}
+    return _Expected(torch.stack(losses).sum() / count, merge(outputs, UNSAID), summed)
+
+
+def _orders(pipe: Pipe, plan: Schedule) -> Iterator[tuple[str, list[int]]]:
+    """For each parameter the order in which its stage makes its gradients."""
+    last = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
+    names = canonical_names(pipe.model)
+    for order in plan.orders:
+        for stage in {action.stage for action in order}:
+            made = [a.microbatch for a in order if a.stage == stage and a.kind in last]
+            for name, _ in pipe.get_stage_module(stage).named_parameters():
+                yield names[name], made
+
+
+def _summed(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    total: torch.Tensor | None = None
+    for gradient in gradients:
+        if gradient is not None:
+            total = gradient.clone() if total is None else total + gradient
+    return total
+
+
+def _compared_trees(found: Any, expected: Any) -> Iterator[Comparison]:
+    ours, theirs = list(named_leaves(found)), list(named_leaves(expected))
+    if type(found) is not type(expected) or [name for name, _ in ours] != [name for name, _ in theirs]:
+        yield Comparison(
+            "output", "", False, 0.0, f"is a {type(found).__name__}, not the same {type(expected).__name__}"
+        )
+        return
+    for (name, one), (_, other) in zip(ours, theirs, strict=True):
+        if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+            yield from _compared("output", name, one, other)
+
+
+def _compared(kind: str, name: str, found: Any, expected: Any) -> Iterator[Comparison]:
+    if found is None or expected is None:
+        note = "" if found is expected else f"is {'there' if expected is None else 'missing'}, against the reference"
+        yield Comparison(kind, name, found is expected, 0.0, note)
+        return
+    found, expected = found.detach().cpu(), expected.detach().cpu()
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        note = f"{tuple(found.shape)} {found.dtype}, not {tuple(expected.shape)} {expected.dtype}"
+        yield Comparison(kind, name, False, 0.0, note)
+        return
+    same = bool(((found == expected) | (found.isnan() & expected.isnan())).all())
+    wide = torch.complex128 if found.is_complex() else torch.float64
+    gap = 0.0 if same else float((found.to(wide) - expected.to(wide)).abs().nan_to_num(torch.inf).max())
+    yield Comparison(kind, name, same, gap)

@@ -1,0 +1,76 @@
+"""Bitwise equal to the unsplit model: every family, on threads and on Gloo, on 2 to 4 ranks, for every kind of model."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+import pipework
+from tests.end_to_end.cases import CASES
+from tests.gloo import GlooPool
+
+PER_RANK = {"gpipe": 1, "one_f_one_b": 1, "interleaved_one_f_one_b": 2, "looped_bfs": 2}
+Run = tuple[str, str, int, int]  # case, family, ranks, microbatches
+
+
+def is_defined(family: str, ranks: int, microbatches: int) -> bool:
+    rounds = max(1, microbatches // ranks)
+    return family != "interleaved_one_f_one_b" or microbatches % rounds == 0
+
+
+def verified(run: Run, group: dist.ProcessGroup | None = None) -> str:
+    """Empty if equal."""
+    name, family, ranks, microbatches = run
+    case = CASES[name](PER_RANK[family] * ranks, microbatches)
+    report = pipework.verify(
+        case.model,
+        case.args,
+        case.kwargs,
+        target=case.target,
+        loss=case.loss,
+        schedule=family,
+        ranks=ranks,
+        microbatches=microbatches,
+        group=group,
+    )
+    kinds = {comparison.kind for comparison in report.comparisons}
+    assert kinds >= {"loss", "output", "gradient"}, kinds
+    assert name != "batch norm" or "buffer" in kinds
+    return "" if report.equal else f"{run}\n{report.text()}"
+
+
+@pytest.mark.parametrize("family", PER_RANK)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_number_of_microbatches_on_threads(family: str, ranks: int) -> None:
+    for microbatches in range(1, 3 * ranks + 1):
+        if is_defined(family, ranks, microbatches):
+            assert not verified(("skips", family, ranks, microbatches))
+
+
+@pytest.mark.parametrize("family", PER_RANK)
+@pytest.mark.parametrize("name", CASES)
+def test_every_model_on_threads(name: str, family: str) -> None:
+    for ranks in (2, 3, 4):
+        assert not verified((name, family, ranks, 2 * ranks))
+
+
+def all_verified(group: dist.ProcessGroup, rank: int, runs: list[Run]) -> list[str]:
+    return [text for run in runs if (text := verified(run, group))]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("family", PER_RANK)
+def test_every_model_on_processes(gloo_pool: GlooPool, family: str, ranks: int) -> None:
+    runs = [(name, family, ranks, ranks + 1) for name in CASES]
+    assert gloo_pool.run(all_verified, runs, ranks=ranks) == [[]] * ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_numbers_of_microbatches_on_processes(gloo_pool: GlooPool, ranks: int) -> None:
+    runs = [
+        ("skips", family, ranks, microbatches)
+        for family in PER_RANK
+        for microbatches in (1, 3 * ranks)
+        if is_defined(family, ranks, microbatches)
+    ]
+    assert gloo_pool.run(all_verified, runs, ranks=ranks) == [[]] * ranks
