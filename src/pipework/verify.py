@@ -19,13 +19,12 @@ from pipework.errors import InputError, nearest
 from pipework.plan import FAMILIES, Kind, Layout, Schedule
 from pipework.run import Runner
 from pipework.run.losses import own_loss
-from pipework.run.runner import canonical_names
 from pipework.split.arguments import Arguments, bind
 from pipework.split.draws import DrawKey, drawing_for, streams
 from pipework.split.marks import SplitPoint
 from pipework.split.microbatch import UNSAID, chunk, merge
 from pipework.split.pipe import Pipe, pipeline
-from pipework.split.trees import named_leaves
+from pipework.split.trees import map_leaves, named_leaves
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -112,13 +111,16 @@ def verify(  # noqa: PLR0913 (one for each thing that a user may vary)
     pipelined, reference = copy.deepcopy(model), copy.deepcopy(model)
     for twin in (pipelined, reference):
         twin.zero_grad(set_to_none=True)
-    batch = bind(model, args, dict(kwargs or {}))
+    if isinstance(schedule, Schedule):
+        ranks, microbatches = schedule.layout.ranks, schedule.microbatches
+    args, kwargs = _own((args, dict(kwargs or {})))
+    batch = bind(model, *_own((args, kwargs)))
     parts = [batch.with_values(values) for values in chunk(batch.values, microbatches)]
     pipe = _pipe(pipelined, parts[0], split_spec, stages, ranks)
     plan = _schedule(schedule, pipe, ranks, microbatches)
     runner = Runner(pipe, plan, loss=loss, group=group)
     runner.keep_outputs = True
-    total = runner.step(*args, target=target, **dict(kwargs or {}))
+    total = runner.step(*args, target=target, **kwargs)
     expected = _reference(reference, parts, target, loss, pipe, plan, runner.seed)
     found = [*_compared("loss", "", total, expected.loss)]
     if runner.outputs is not None:
@@ -131,6 +133,19 @@ def verify(  # noqa: PLR0913 (one for each thing that a user may vary)
     comparisons = dict.fromkeys(c for told in runner.exchange(found) for c in told)
     order = {"loss": 0, "output": 1, "gradient": 2, "buffer": 3}
     return Report(plan.describe(), tuple(sorted(comparisons, key=lambda c: order[c.kind])))
+
+
+def _own(given: Any) -> Any:
+    """The same arguments with tensors of their own, since a model may write into them, and gradients go to them."""
+    twins: dict[int, torch.Tensor] = {}  # one that is passed twice stays one
+
+    def twin(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        made = copy.deepcopy(leaf.detach()).requires_grad_(leaf.requires_grad)
+        return twins.setdefault(id(leaf), made)
+
+    return map_leaves(twin, given)
 
 
 def _pipe(
@@ -195,14 +210,13 @@ def _reference(
 
 
 def _orders(pipe: Pipe, plan: Schedule) -> Iterator[tuple[str, list[int]]]:
-    """For each parameter the order in which its stage makes its gradients."""
+    """For each parameter the order in which its stage makes its gradients; for a tied one, its first stage is last."""
     last = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
-    names = canonical_names(pipe.model)
-    for order in plan.orders:
-        for stage in {action.stage for action in order}:
-            made = [a.microbatch for a in order if a.stage == stage and a.kind in last]
-            for name, _ in pipe.get_stage_module(stage).named_parameters():
-                yield names[name], made
+    for stage in reversed(range(plan.layout.stages)):
+        order = plan.orders[plan.layout.rank_of[stage]]
+        made = [action.microbatch for action in order if action.stage == stage and action.kind in last]
+        for name, _ in pipe.get_stage_module(stage).named_parameters():
+            yield pipe.names[name], made
 
 
 def _summed(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
@@ -235,7 +249,14 @@ def _compared(kind: str, name: str, found: Any, expected: Any) -> Iterator[Compa
         note = f"{tuple(found.shape)} {found.dtype}, not {tuple(expected.shape)} {expected.dtype}"
         yield Comparison(kind, name, False, 0.0, note)
         return
-    same = bool(((found == expected) | (found.isnan() & expected.isnan())).all())
+    same = bool(((found == expected) & _signs(found, expected) | (found.isnan() & expected.isnan())).all())
     wide = torch.complex128 if found.is_complex() else torch.float64
     gap = 0.0 if same else float((found.to(wide) - expected.to(wide)).abs().nan_to_num(torch.inf).max())
     yield Comparison(kind, name, same, gap)
+
+
+def _signs(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Where the signs are the same: 0.0 equals -0.0, but not to the last bit."""
+    if one.is_complex():
+        return (torch.view_as_real(one).signbit() == torch.view_as_real(other).signbit()).all(-1)
+    return one.signbit() == other.signbit()

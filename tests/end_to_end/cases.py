@@ -39,7 +39,7 @@ def _skips(stages: int, rows: int) -> Case:
     """Every stage reads what the first made, twice, and the last reads what the one before the last but one made."""
 
     @trunk(layers=linears(stages))
-    def model(self: nn.Module, x: Tensor) -> Tensor:
+    def model(self: Any, x: Tensor) -> Tensor:
         first = h = self.layers[0](x)
         kept = [h]
         for layer in self.layers[1:]:
@@ -52,7 +52,7 @@ def _skips(stages: int, rows: int) -> Case:
 
 
 def _dropout(stages: int, rows: int) -> Case:
-    """Dropout as a module, as a function inside a closed block, and as a function in the trunk on both sides of a cut."""
+    """Dropout as a module, as a function inside a closed block, and in the trunk on both sides of a cut."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -63,7 +63,7 @@ def _dropout(stages: int, rows: int) -> Case:
             return F.dropout(self.drop(self.lin(x)).relu(), 0.2, self.training) + x
 
     @trunk(layers=nn.ModuleList(Block() for _ in range(stages)))
-    def model(self: nn.Module, x: Tensor) -> Tensor:
+    def model(self: Any, x: Tensor) -> Tensor:
         for number, layer in enumerate(self.layers):
             x = F.dropout(x, 0.1, self.training)
             if number:
@@ -78,7 +78,7 @@ def _norms(stages: int, rows: int) -> Case:
     """BatchNorm, whose running statistics depend on the order of the microbatches."""
 
     @trunk(layers=linears(stages), norms=nn.ModuleList(nn.BatchNorm1d(WIDTH) for _ in range(stages)))
-    def model(self: nn.Module, x: Tensor) -> Tensor:
+    def model(self: Any, x: Tensor) -> Tensor:
         for number, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
             if number:
                 pipe_split()
@@ -92,7 +92,7 @@ def _in_place(stages: int, rows: int) -> Case:
     """Every stage writes into what it received, and what it wrote is read again later."""
 
     @trunk(layers=linears(stages))
-    def model(self: nn.Module, x: Tensor, shift: Tensor) -> Tensor:
+    def model(self: Any, x: Tensor, shift: Tensor) -> Tensor:
         h = self.layers[0](x)
         side = h * 2
         for layer in self.layers[1:]:
@@ -109,7 +109,7 @@ def _kinds(stages: int, rows: int) -> Case:
     """Integers, booleans, complex, expanded, transposed, conjugated and empty tensors across every cut."""
 
     @trunk(layers=linears(stages))
-    def model(self: nn.Module, x: Tensor) -> Tensor:
+    def model(self: Any, x: Tensor) -> Tensor:
         h = self.layers[0](x)
         scale = h.mean(1, keepdim=True).expand(-1, WIDTH)
         turned = torch.complex(h, h * 2).conj()
@@ -130,7 +130,7 @@ def _kinds(stages: int, rows: int) -> Case:
 
 def _frozen(stages: int, rows: int, *which: int) -> Case:
     @trunk(layers=linears(stages))
-    def model(self: nn.Module, x: Tensor) -> Tensor:
+    def model(self: Any, x: Tensor) -> Tensor:
         first = h = self.layers[0](x)
         for layer in self.layers[1:]:
             pipe_split()
@@ -144,13 +144,30 @@ def _frozen(stages: int, rows: int, *which: int) -> Case:
 
 def _no_parameters(stages: int, rows: int) -> Case:
     @trunk(one=linear())
-    def model(self: nn.Module, x: Tensor) -> Tensor:
+    def model(self: Any, x: Tensor) -> Tensor:
         h = self.one(x)
         for number in range(1, stages):
             pipe_split()
             h = h.tanh() * (number + 1)
         return h
 
+    return _plain(model, rows)
+
+
+def _tied(stages: int, rows: int) -> Case:
+    """One weight in the first and in the last stage, one more in all between."""
+
+    @trunk(layers=linears(stages))
+    def model(self: Any, x: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            if number:
+                pipe_split()
+            x = layer(x.tanh()) + x
+        return x
+
+    model.get_submodule(f"layers.{stages - 1}").weight = model.get_submodule("layers.0").weight
+    for number in range(2, stages - 1):
+        model.get_submodule(f"layers.{number}").bias = model.get_submodule("layers.1").bias
     return _plain(model, rows)
 
 
@@ -165,7 +182,7 @@ def _own_loss(stages: int, rows: int) -> Case:
     """Labels and masks read late, a dataclass with everything in it as output."""
 
     @trunk(embed=nn.Embedding(11, WIDTH), layers=linears(stages), head=linear(WIDTH, 11))
-    def model(self: nn.Module, tokens: Tensor, mask: Tensor, labels: Tensor) -> Result:
+    def model(self: Any, tokens: Tensor, mask: Tensor, labels: Tensor) -> Result:
         h = embedded = self.embed(tokens)
         for number, layer in enumerate(self.layers):
             if number:
@@ -185,7 +202,7 @@ def _structured(stages: int, rows: int) -> Case:
     """A dict as the output, a nested target, a nested argument."""
 
     @trunk(layers=linears(stages))
-    def model(self: nn.Module, batch: dict[str, Any], scale: float = 1.0) -> dict[str, Any]:
+    def model(self: Any, batch: dict[str, Any], scale: float = 1.0) -> dict[str, Any]:
         h = batch["x"]
         for number, layer in enumerate(self.layers):
             if number:
@@ -212,6 +229,7 @@ CASES: dict[str, Callable[[int, int], Case]] = {
     "frozen last": lambda stages, rows: _frozen(stages, rows, stages - 1),
     "frozen all but the second": lambda stages, rows: _frozen(stages, rows, *{*range(stages)} - {1}),
     "no parameters": _no_parameters,
+    "tied": _tied,
     "own loss": _own_loss,
     "structured": _structured,
 }

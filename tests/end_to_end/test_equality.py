@@ -1,4 +1,4 @@
-"""Bitwise equal to the unsplit model: every family, on threads and on Gloo, on 2 to 4 ranks, for every kind of model."""
+"""Bitwise equal to the unsplit model: every family, threads and Gloo, 2 to 4 ranks, every kind of model."""
 
 from __future__ import annotations
 

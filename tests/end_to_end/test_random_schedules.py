@@ -58,7 +58,8 @@ def test_any_legal_schedule(name: str, data: st.DataObject, microbatches: int) -
     runner = Runner(pipe, schedule, loss=case.loss)
     runner.step(*case.args, target=case.target, **case.kwargs)
     if not case.kwargs:
-        wanted = alone(reference, *case.args, case.target, schedule, pipe)
+        (x,) = case.args
+        wanted = alone(reference, x, case.target, schedule, pipe)
         for key, parameter in pipe.model.named_parameters():
             found, expected = parameter.grad, wanted[key]
             assert (found is None) == (expected is None), key
@@ -85,13 +86,13 @@ def test_a_schedule_that_splits_the_backward_is_refused_before_anything_runs() -
         orders[0] += [Action(stage, Kind.INPUT_GRADIENT, 0), Action(stage, Kind.WEIGHT_GRADIENT, 0)]
     schedule = Schedule("split", pipe.layout(1), 1, (tuple(orders[0]),))
     pipework.check(schedule)
-    with pytest.raises(ScheduleError, match="0I0|splits"):
+    with pytest.raises(ScheduleError, match="splits the backward of stage 0"):
         Runner(pipe, schedule, loss=torch.nn.functional.mse_loss)
 
 
 def test_an_illegal_schedule_is_refused_before_anything_runs() -> None:
     pipe = pipe_of("skips")
-    good = pipework.schedules.gpipe(replace(pipe.layout(5)), 2)
+    good = pipework.schedules.gpipe(pipe.layout(5), 2)
     swapped = tuple(tuple(reversed(order)) for order in good.orders)
     with pytest.raises(ScheduleError):
         Runner(pipe, replace(good, orders=swapped), loss=torch.nn.functional.mse_loss)

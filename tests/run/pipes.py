@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import pipework
-from pipework import Layout, Pipe, Runner
+from pipework import Pipe, Runner
 from tests.end_to_end.cases import CASES, Case, squared
 from tests.models import WIDTH, numbers
 from tests.split.equality import before
@@ -69,6 +69,3 @@ def equal(one: Any, other: Any) -> bool:
         (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
         for a, b in ((one[key], other[key]) for key in one)
     )
-
-
-__all__ = ["Layout", "case_runner", "equal", "gradients", "piped", "runner_of", "sequence", "unsplit"]

@@ -1,4 +1,4 @@
-"""The runner on processes: inputs where they are needed, agreement before anything moves, the same results on every rank."""
+"""The runner on processes: inputs where they are needed, agreement before anything moves, one result on all ranks."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def surroundings(group: dist.ProcessGroup, rank: int) -> None:
         assert torch.equal(loss, unsplit(reference, twin, Y.to(dtype), 4))
         assert equal(own(runner, gradients(model)), own(runner, gradients(reference)))
         assert (x.grad is None) == (rank == 1)
-        assert x.grad is None or torch.equal(x.grad, twin.grad)
+        assert rank == 1 or equal({"x": x.grad}, {"x": twin.grad})
     torch.manual_seed(100 + rank)
     assert runner_of(piped(sequence(), "2"), group=group).seed == 100
 
@@ -151,7 +151,7 @@ def test_state_dicts_of_the_ranks_make_one(gloo_pool: GlooPool) -> None:
 
 def late(group: dist.ProcessGroup) -> tuple[nn.Module, Runner]:
     @trunk(one=linear(), two=linear(), three=linear())
-    def model(self: nn.Module, x: Tensor, mask: Tensor | None, scale: float | None = 2.0, *, bias: Tensor) -> Tensor:
+    def model(self: Any, x: Tensor, mask: Tensor | None, scale: float | None = 2.0, *, bias: Tensor) -> Tensor:
         h = self.one(x)
         pipework.pipe_split()
         h = self.two(h if mask is None else h * mask)

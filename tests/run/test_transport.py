@@ -44,7 +44,8 @@ def test_a_receive_gets_the_message_of_its_place_in_whatever_order_they_are_wait
 
 def test_ways_do_not_mix() -> None:
     a, b, c = Threads(3).ends
-    sent(a, 1, 2), sent(b, 2, 2), sent(c, 3, 0), sent(a, 4, 1)
+    for end, number, to in ((a, 1, 2), (b, 2, 2), (c, 3, 0), (a, 4, 1)):
+        sent(end, number, to)
     assert [end.receive(ROW, source, 0, CPU)()[0].item() for end, source in ((b, 0), (a, 2), (c, 1), (c, 0))] == [
         4,
         3,

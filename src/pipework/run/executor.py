@@ -16,6 +16,7 @@ from typing import Any, final
 import torch
 
 from pipework.plan import Action, Compute, Instruction, Kind, Layout, Program, Receive, Span, Transfer
+from pipework.run.tied import TiedStage, spread
 from pipework.run.transport import Arrival, Transport, Wait
 from pipework.split.cut import Edge, Wire
 from pipework.split.draws import DrawKey, drawing_for
@@ -43,10 +44,10 @@ class _End:
 
     def __init__(self, edge: Edge, positions: Sequence[int]) -> None:
         self.edge = edge
-        self.positions = tuple(positions)  # of the wires among the stage's inputs or outputs
-        self.back = tuple(
-            (position, wire) for position, wire in zip(positions, edge.wires, strict=True) if wire.gradient
-        )
+        self.positions = tuple(positions)  # of the values among the stage's inputs or outputs
+        place = {wire.value: position for wire, position in zip(edge.values, positions, strict=True)}
+        self.back = tuple((place.get(wire.value, -1), wire) for wire in edge.gradients)
+        self.back_values = tuple(position for position, wire in self.back if not wire.parameter)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,16 +63,17 @@ class StageRun:
     """A stage at work on this rank."""
 
     def __init__(self, variant: Variant, index: int, stage: Stage, device: torch.device, trains: bool) -> None:
-        self.device = device
-        self.index, self.stage, self.code, self.trains = index, stage, variant.codes[index], trains
+        self.tied = TiedStage(index, stage, variant.ties if trains else ())
+        self.index, self.stage, self.code = index, self.tied.stage, variant.codes[index]
+        self.device, self.trains = device, trains
         self.part = part = variant.cut.parts[index]
         first = len(part.inputs)
         self.incoming: list[_End] = []
         for edge in (e for e in variant.cut.edges if e.target == index):
-            self.incoming.append(_End(edge, range(first, first + len(edge.wires))))
-            first += len(edge.wires)
+            self.incoming.append(_End(edge, range(first, first + len(edge.values))))
+            first += len(edge.values)
         self.outgoing = [
-            _End(edge, [part.outputs.index(w.value) for w in edge.wires])
+            _End(edge, [part.outputs.index(w.value) for w in edge.values])
             for edge in variant.cut.edges
             if edge.source == index
         ]
@@ -91,7 +93,7 @@ class StageRun:
             taken += tensors
         if self.trains:
             for end in self.incoming:
-                for position, _ in end.back:
+                for position in end.back_values:
                     taken[position].requires_grad_()
         out = self.code(self.stage, *taken)
         loss = feed.finish(microbatch, [out[i] for i in self.results]) if self.is_last else None
@@ -103,15 +105,23 @@ class StageRun:
         seeds: list[torch.Tensor | None] = []
         returning = (end for end in self.outgoing if end.back)
         for end, came in zip(returning, gradients, strict=True):
-            for (position, _), gradient in zip(end.back, came, strict=True):
-                if kept.out[position].requires_grad:
-                    roots.append(kept.out[position])
+            for (position, wire), gradient in zip(end.back, came, strict=True):
+                root = self.tied.leaves[wire.parameter] if wire.parameter else kept.out[position]
+                if root.requires_grad:
+                    roots.append(root)
                     seeds.append(gradient)
         if kept.loss is not None and kept.loss.requires_grad:
             roots.append(kept.loss)
             seeds.append(None)
         if roots:
             torch.autograd.backward(roots, seeds)
+
+    def returned(self, end: _End, kept: Kept) -> list[torch.Tensor]:
+        """The gradients that go back over an incoming edge, after the backward."""
+        return [
+            self.tied.take_gradient(wire.parameter) if wire.parameter else _gradient(kept.taken[position])
+            for position, wire in end.back
+        ]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,13 +157,18 @@ class Executor:
         self._program = _ahead(
             [self._bound(instruction) for instruction in program.instructions], transport.receives_ahead
         )
+        self._ties, self._stages = (variant.ties if trains and not transport.in_one_process else ()), stages
 
     def run(self, feed: Feed) -> None:
         """One step; gradients are added to the parameters' own."""
+        for run in self.runs.values():
+            run.tied.refresh()
         step = _Step(self, feed)
         for do, what in self._program:
             do(step, what)
         step.finish()
+        if self._ties:
+            spread(self._ties, self.layout, self._stages, self.transport, 2 * len(self._edges))
 
     def is_here(self, stage: int) -> bool:
         """Whether a stage is on this rank."""
@@ -175,7 +190,7 @@ class Executor:
             key=(source, target, transfer.after.microbatch),
             peer=self.layout.rank_of[target if self.is_here(source) else source],
             channel=2 * self._channels[edge.source, edge.target] + (not forward),
-            wires=edge.wires if forward else tuple(_returned(wire) for wire in edge.wires if wire.gradient),
+            wires=edge.values if forward else tuple(_returned(wire) for wire in edge.gradients),
         )
 
 
@@ -250,8 +265,7 @@ class _Step:
         self.record(action, begin)
         for end in run.incoming:
             if end.back:
-                back = [_gradient(kept.taken[position]) for position, _ in end.back]
-                self.ready[run.index, end.edge.source, action.microbatch] = back
+                self.ready[run.index, end.edge.source, action.microbatch] = run.returned(end, kept)
 
     def arrived(self, source: int, action: Action) -> Sequence[torch.Tensor]:
         """What another stage made for this action."""

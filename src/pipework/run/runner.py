@@ -83,7 +83,7 @@ class Runner:
         self.keep_outputs = False
         with refusing(self._ends[0], group is not None):
             self._refuse_unfit(pipe, schedule)
-        self._names = canonical_names(pipe.model)
+        self._names = pipe.names
         self._buffer_names = {name for name, _ in pipe.model.named_buffers()}
         self._plans: dict[tuple[int, bool], Plan] = {}
         self._pool: ThreadPoolExecutor | None = None
@@ -116,16 +116,6 @@ class Runner:
                 why="stages go backward in one piece so far",
                 remedy="run a schedule of forwards (F) and full backwards (B); others can be drawn and simulated",
             )
-        holders: dict[int, tuple[str, int]] = {}
-        for index in range(pipe.num_stages):
-            for name, parameter in pipe.get_stage_module(index).named_parameters():
-                first, stage = holders.setdefault(id(parameter), (name, index))
-                if stage != index:
-                    raise InputError(
-                        f"the parameter {name!r} is used by stage {index}, and as {first!r} by stage {stage}",
-                        why="their gradients would have to be added up between stages, which is not supported yet",
-                        remedy="cut so that all uses of it lie in one stage, or untie the weights",
-                    )
 
     # ------------------------------------------------------------------ steps
 
@@ -309,12 +299,6 @@ class Runner:
         for gradient in own.values():
             gradient.mul_(scale.to(gradient.device))
         return total
-
-
-def canonical_names(model: nn.Module) -> dict[str, str]:
-    """For each name of a parameter the first that it has: a tied one has several, and a stage may hold it by any."""
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def _process_end(group: Any, device: torch.device) -> Transport:

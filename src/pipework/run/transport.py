@@ -31,6 +31,7 @@ class Transport(ABC):
     rank: int
     ranks: int
     device: torch.device  # where tensors for all ranks (see `share`) live
+    in_one_process: bool = False  # whether all ranks have the same parameters in hand
     receives_ahead: int = 0  # how many messages of a channel it pays to be ready for from the step's start
 
     @abstractmethod
@@ -77,7 +78,7 @@ def together(end: Transport, value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def refusing(end: Transport, listening: bool) -> Iterator[None]:
-    """Tell the others of an error in the block, if their next call is `together`: else they would wait for this rank."""
+    """Tell the others of an error in the block, if they come to `together` next: else they would wait for this rank."""
     try:
         yield
     except PipeworkError as error:
@@ -142,6 +143,8 @@ _EXCHANGE = -1  # the channel of values that are no tensors
 @final
 class ThreadTransport(Transport):
     """One thread's end."""
+
+    in_one_process = True
 
     def __init__(self, shelves: Threads, rank: int, ranks: int) -> None:
         self.rank, self.ranks, self.device = rank, ranks, torch.device("cpu")

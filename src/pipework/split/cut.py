@@ -32,13 +32,17 @@ from pipework.split.trees import leaves
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Wire:
-    """One tensor that travels along an edge: its layout, and whether its gradient comes back."""
+    """One tensor that travels along an edge: its layout, and whether its gradient comes back.
+
+    For a tied parameter (see `pipework.split.ties`), named by `parameter`, nothing travels but the gradient.
+    """
 
     value: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     gradient: bool
+    parameter: str = ""
 
     @property
     def size(self) -> int:
@@ -53,6 +57,16 @@ class Edge:
     source: int
     target: int
     wires: tuple[Wire, ...]
+
+    @property
+    def values(self) -> tuple[Wire, ...]:
+        """The wires of what goes forward."""
+        return tuple(wire for wire in self.wires if not wire.parameter)
+
+    @property
+    def gradients(self) -> tuple[Wire, ...]:
+        """The wires of what comes back."""
+        return tuple(wire for wire in self.wires if wire.gradient)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from pipework.split.preserve import simple_attributes
 from pipework.split.stage import Code, Stage
 from pipework.split.table import table
 from pipework.split.tape import Origin, Ref, Surroundings
+from pipework.split.ties import Tie, canonical_names, ties, with_ties
 from pipework.split.torch_private import parameters_of
 from pipework.split.trees import map_leaves
 
@@ -36,6 +37,7 @@ class Variant:
     calls_before: tuple[Mapping[str, int], ...]
     on_example: bool
     changed_attributes: tuple[tuple[str, str, Any], ...]
+    ties: tuple[Tie, ...]
 
     def rebuild(self, results: Sequence[torch.Tensor]) -> Any:
         """The model's own output from the tensors that the last stage returns for it."""
@@ -68,6 +70,7 @@ class Pipe(nn.Module):
         self._model = (model,)
         self._marks, self._example, self._opened = marks, example, frozenset[str]()
         self._trunk: tuple[nn.Module, ...] = ()  # the open modules
+        self.names = canonical_names(model)
         self._tables = tuple(parameters_of(m) for m in model.modules())
         self._variants: dict[tuple[Any, ...], Variant] = {}
         self._stages = nn.ModuleList()
@@ -120,7 +123,7 @@ class Pipe(nn.Module):
         return Layout(
             layout.rank_of,
             frozenset((e.source, e.target) for e in edges),
-            frozenset((e.source, e.target) for e in edges if any(w.gradient for w in e.wires)),
+            frozenset((e.source, e.target) for e in edges if e.gradients),
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -204,14 +207,17 @@ class Pipe(nn.Module):
             source, names = written(part, recording, ambient, stage.hold(part, self.model, constants))
             sources.append(source)
             codes.append(compiled(source, names, part.index))
+        stages = list(self._stages)
+        tied = ties(stages, self.names)
         return Variant(
-            whole,
+            dataclasses.replace(whole, edges=with_ties(whole.edges, tied, stages)),
             tuple(codes),
             tuple(sources),
             {name: recording.calls.get(name, frozenset()) for name in recording.drawing},
             recording.calls_before,
             recording.on_example,
             recording.changed_attributes,
+            tied,
         )
 
     def _chosen(self, index: int) -> tuple[Code, str]:

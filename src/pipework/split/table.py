@@ -21,7 +21,11 @@ def rows(pipe: Pipe) -> list[dict[str, object]]:
                 "stage": part.index,
                 "modules": list(part.modules),
                 "parameters": sum(p.numel() for p in stage.parameters()),
-                "sends": {e.target: sum(w.size for w in e.wires) for e in variant.cut.edges if e.source == part.index},
+                "sends": {
+                    e.target: sum(w.size for w in e.values)
+                    for e in variant.cut.edges
+                    if e.source == part.index and e.values
+                },
             }
         )
     return found

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -53,6 +54,19 @@ def children_of(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
     return module._modules
 
 
+def shallow_copy(
+    module: torch.nn.Module,
+    parameters: dict[str, torch.nn.Parameter | None],
+    children: dict[str, torch.nn.Module | None],
+    instead: Callable[[Any], Any],
+) -> torch.nn.Module:
+    """A module that shares all with another but these parameters and children; lists of its own follow `instead`."""
+    copy = module.__class__.__new__(module.__class__)
+    lists = {k: [instead(x) for x in v] for k, v in module.__dict__.items() if type(v) is list}
+    copy.__dict__.update(module.__dict__ | lists | {"_parameters": parameters, "_modules": children})
+    return copy
+
+
 def is_persistent(module: torch.nn.Module, buffer: str) -> bool:
     """Whether the module's buffer is saved in its state dict."""
     return buffer not in module._non_persistent_buffers_set
@@ -88,6 +102,7 @@ __all__ = [
     "in_backward",
     "is_persistent",
     "parameters_of",
+    "shallow_copy",
     "storage_of",
     "timeout_of",
     "version_of",
