@@ -256,3 +256,18 @@ def test_verify_on_processes(capfd: pytest.CaptureFixture[str]) -> None:
 )
 def test_wrong_input_is_one_line_and_exit_code_2(capsys: Capture, arguments: list[str], said: str) -> None:
     assert said in refusal(capsys, *arguments)
+
+
+def test_a_cut_is_saved_and_cut_at_again(capsys: Capture, tmp_path: Path) -> None:
+    file = tmp_path / "cut.json"
+    printed(capsys, "split", *LINE, "--stages", "3", "--save", str(file))
+    assert json.loads(file.read_text()) == {"cuts": [{"before": "second"}, {"before": "third"}]}
+    file.write_text('{"cuts": [{"before": "third"}]}')
+    told = json.loads(printed(capsys, "split", *LINE, "--cut", str(file), "--json"))
+    assert [stage["modules"] for stage in told["stages"]] == [["first", "second"], ["third"]]
+    assert "bitwise equal" in printed(capsys, "verify", *LINE, "--cut", str(file))
+    assert "pass one of them" in refusal(capsys, "split", *LINE, "--cut", str(file), "--at", "second")
+    assert "pass one of them" in refusal(capsys, "split", *LINE, "--cut", str(file), "--stages", "2")
+    assert "cannot write" in refusal(capsys, "split", *LINE, "--save", str(tmp_path / "no" / "cut.json"))
+    file.write_text("{")
+    assert "the cut is not JSON" in refusal(capsys, "split", *LINE, "--cut", str(file))

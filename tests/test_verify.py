@@ -99,7 +99,7 @@ def one_bit_in_what_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_gradient_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "_gradient", torch.zeros_like)
+    monkeypatch.setattr(executor, "_gradient", lambda kept, position: torch.zeros_like(kept.taken[position]))
 
 
 def another_loss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,17 @@ if TYPE_CHECKING:
     )
     from pipework.plan import families as schedules
     from pipework.run import Runner
-    from pipework.split import Pipe, SplitPoint, pipe_split, pipeline
+    from pipework.split import (
+        CutPoint,
+        CutPoints,
+        ModuleCosts,
+        Pipe,
+        PipeSplit,
+        SplitPoint,
+        module_costs,
+        pipe_split,
+        pipeline,
+    )
     from pipework.verify import verify
 
 __version__ = "0.1.0"
@@ -43,11 +53,15 @@ __all__ = [
     "CaptureError",
     "Costs",
     "CutError",
+    "CutPoint",
+    "CutPoints",
     "InputError",
     "Kind",
     "Layout",
     "MismatchError",
+    "ModuleCosts",
     "Pipe",
+    "PipeSplit",
     "PipeworkError",
     "Runner",
     "Schedule",
@@ -58,6 +72,7 @@ __all__ = [
     "__version__",
     "check",
     "lower",
+    "module_costs",
     "pipe_split",
     "pipeline",
     "schedules",
@@ -78,7 +93,17 @@ _HOMES = {
     ),
     "pipework.plan": ("Action", "Costs", "Kind", "Layout", "Schedule", "Timeline", "check", "lower", "simulate"),
     "pipework.run": ("Runner",),
-    "pipework.split": ("Pipe", "SplitPoint", "pipe_split", "pipeline"),
+    "pipework.split": (
+        "CutPoint",
+        "CutPoints",
+        "ModuleCosts",
+        "Pipe",
+        "PipeSplit",
+        "SplitPoint",
+        "module_costs",
+        "pipe_split",
+        "pipeline",
+    ),
     "pipework.verify": ("verify",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -24,6 +24,7 @@ from pipework.split.draws import DrawKey, drawing_for, streams
 from pipework.split.marks import SplitPoint
 from pipework.split.microbatch import UNSAID, chunk, merge
 from pipework.split.pipe import Pipe, pipeline
+from pipework.split.points import CutPoints
 from pipework.split.trees import map_leaves, named_leaves
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def verify(  # noqa: PLR0913 (one for each thing that a user may vary)
     *,
     target: Any = None,
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
-    split_spec: Mapping[str, SplitPoint] | None = None,
+    split_spec: Mapping[str, SplitPoint] | CutPoints | None = None,
     stages: int | None = None,
     schedule: str | Schedule | Callable[[Layout, int], Schedule] = "one_f_one_b",
     ranks: int = 2,
@@ -113,26 +114,36 @@ def verify(  # noqa: PLR0913 (one for each thing that a user may vary)
         twin.zero_grad(set_to_none=True)
     if isinstance(schedule, Schedule):
         ranks, microbatches = schedule.layout.ranks, schedule.microbatches
-    args, kwargs = _own((args, dict(kwargs or {})))
-    batch = bind(model, *_own((args, kwargs)))
+    named: dict[str, Any]
+    args, named = _own((args, dict(kwargs or {})))
+    batch = bind(model, *_own((args, named)))
     parts = [batch.with_values(values) for values in chunk(batch.values, microbatches)]
     pipe = _pipe(pipelined, parts[0], split_spec, stages, ranks)
     plan = _schedule(schedule, pipe, ranks, microbatches)
     runner = Runner(pipe, plan, loss=loss, group=group)
     runner.keep_outputs = True
-    total = runner.step(*args, target=target, **kwargs)
+    total = runner.step(*args, target=target, **named)
     expected = _reference(reference, parts, target, loss, pipe, plan, runner.seed)
     found = [*_compared("loss", "", total, expected.loss)]
     if runner.outputs is not None:
         found += _compared_trees(runner.outputs, expected.output)
     for name, parameter in runner.named_parameters():
         found += _compared("gradient", name, parameter.grad, expected.gradients[name])
+    if group is None:  # of processes each has a share of an input's gradient
+        for (name, one), (_, other) in zip(_inputs(args, named), _inputs(*batch.split()), strict=True):
+            found += _compared("gradient", name, one.grad, other.grad)
     buffers = dict(reference.named_buffers())
     for name, buffer in runner.named_buffers():
         found += _compared("buffer", name, buffer, buffers[name])
     comparisons = dict.fromkeys(c for told in runner.exchange(found) for c in told)
     order = {"loss": 0, "output": 1, "gradient": 2, "buffer": 3}
     return Report(plan.describe(), tuple(sorted(comparisons, key=lambda c: order[c.kind])))
+
+
+def _inputs(args: Any, kwargs: Any) -> list[tuple[str, torch.Tensor]]:
+    """The input tensors that want a gradient."""
+    found = [*named_leaves(args, "args"), *named_leaves(kwargs, "kwargs")]
+    return [(name, leaf) for name, leaf in found if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
 
 
 def _own(given: Any) -> Any:
@@ -151,7 +162,7 @@ def _own(given: Any) -> Any:
 def _pipe(
     model: nn.Module,
     example: Arguments,
-    split_spec: Mapping[str, SplitPoint] | None,
+    split_spec: Mapping[str, SplitPoint] | CutPoints | None,
     stages: int | None,
     ranks: int,
 ) -> Pipe:

@@ -15,13 +15,13 @@ costs = st.one_of(st.integers(0, 6), st.floats(0, 1e300), st.sampled_from([0.1, 
 crossings = st.one_of(st.integers(0, 3), st.just(inf), st.floats(0, 10))
 
 
-def worth(cuts: tuple[int, ...], items: list[float], crossing: list[float]) -> tuple[Fraction, Fraction]:
-    """The heaviest part and the total crossing, in exact arithmetic."""
+def worth(cuts: tuple[int, ...], items: list[float], crossing: list[float]) -> tuple[Fraction, ...]:
+    """The heaviest part, the total crossing and the sum of squares, in exact arithmetic."""
     parts = [items[begin:end] for begin, end in pairwise([0, *cuts, len(items)])]
     assert all(parts)
-    return max(sum(map(Fraction, part), Fraction()) for part in parts), sum(
-        (Fraction(crossing[cut]) for cut in cuts), Fraction()
-    )
+    weights = [sum(map(Fraction, part), Fraction()) for part in parts]
+    total = sum((Fraction(crossing[cut]) for cut in cuts), Fraction())
+    return max(weights), total, sum((weight**2 for weight in weights), Fraction())
 
 
 @given(st.lists(st.tuples(costs, crossings), min_size=1, max_size=9), st.integers(1, 5))

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import pipework
-from pipework import SplitPoint
+from pipework import CutPoints, SplitPoint
 from pipework.split.trees import children
 
 SEED = 1234
-Spec = Mapping[str, SplitPoint]
+Spec = Mapping[str, SplitPoint] | CutPoints
 
 
 def before(*names: str) -> dict[str, SplitPoint]:

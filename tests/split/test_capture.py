@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 import threading
 from typing import Any
 
@@ -31,7 +30,7 @@ def busy() -> nn.Module:
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
             self.seen.append(x.shape)
-            self.log["last"] = random.random()
+            self.log["last"] = len(self.seen)
             self.kept = x
             self.mean.data.add_(x.detach().mean(0))
             self.plain += 1
@@ -42,7 +41,7 @@ def busy() -> nn.Module:
         self.steps += 1
         for layer in self.layers:
             x = F.dropout(layer(x), 0.2, self.training)
-        return x * random.random()
+        return x * 0.5
 
     return model
 

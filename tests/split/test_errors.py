@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections import UserDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -214,3 +216,26 @@ def test_no_space_between_two_captures_for_anything_to_stay() -> None:
             pipeline(layered(), (X,), split_spec=spec)
         assert nn.Module.__call__ is call
         assert torch.autograd.Function.__dict__["apply"] is apply
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_trunk_that_draws_from_python_or_numpy(draw: Any) -> None:
+    @trunk(first=linear(), second=linear())
+    def model(self: nn.Module, x: Tensor) -> Tensor:
+        return self.second(self.first(x) * float(draw()))
+
+    state = State.of(model)
+    with pytest.raises(CaptureError, match="global generator of Python or numpy") as error:
+        pipeline(model, (X,), split_spec=before("second"))
+    assert error.value.where == "before the call of 'second'"
+    state.assert_still(model)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_closed_module_that_draws_from_python_or_numpy(draw: Any) -> None:
+    @trunk(first=linear())
+    def noisy(self: nn.Module, x: Tensor) -> Tensor:
+        return self.first(x) * float(draw())
+
+    pipe = pipeline(nn.Sequential(noisy, linear()), (X,), split_spec=before("1"))
+    assert not torch.equal(pipe(X)[0], pipe(X)[0])

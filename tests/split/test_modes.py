@@ -204,8 +204,13 @@ def test_values_read_back_are_guarded() -> None:
     x = numbers()
     pipe = pipeline(model, (x, torch.tensor(3)))
     same(pipe(x, torch.tensor(3))[0], model(x, torch.tensor(3)))
-    with pytest.raises(MismatchError, match="took another path"):
-        pipe(x, torch.tensor(4))
+    same(pipe(x, torch.tensor(4))[0], model(x, torch.tensor(4)))  # an input decides: another capture
+    captured = model(x, torch.tensor(3)), model(-30 * x, torch.tensor(3))
+    assert not torch.equal(*captured)
+    positive = model.one(x).sum() > 0
+    assert positive != (model.one(-30 * x).sum() > 0)
+    with pytest.raises(MismatchError, match="took another path"):  # an activation decides
+        pipe(-30 * x, torch.tensor(3))
 
 
 @pytest.mark.parametrize("read", ["item", "bool", "tolist", "float", "shape", "len", "numpy", "index", "equal"])

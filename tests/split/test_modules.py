@@ -44,6 +44,14 @@ def test_block_called_in_two_stages() -> None:
     assert weights == {id(model.shared.weight)}
 
 
+def test_part_of_a_block_called_before_the_block() -> None:
+    @trunk(block=nn.Sequential(linear(), nn.Tanh()), out=linear())
+    def model(self: nn.Module, x: Tensor) -> Tensor:
+        return self.out(self.block(self.block[0](x)))
+
+    check(model, (numbers(grad=True),), spec=before("out"), want=2)
+
+
 def test_cut_at_each_call_of_a_shared_block() -> None:
     @trunk(shared=linear(), out=linear())
     def model(self: nn.Module, x: Tensor) -> Tensor:

@@ -46,6 +46,9 @@ Stages = Annotated[int | None, typer.Option(min=1, help="Cut into so many stages
 At = Annotated[
     list[str] | None, typer.Option(metavar="NAME[:end]", help="Cut before (or after) this module; may be repeated.")
 ]
+Cut = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Cut where this file says, as written by `pipework split --save`.")
+]
 Ranks = Annotated[int, typer.Option(min=1, help="Number of ranks.")]
 Microbatches = Annotated[int, typer.Option(min=1, help="Number of microbatches.")]
 Duration = Annotated[float, typer.Option(min=0, metavar="NUMBER", help="How long it takes, in any one unit.")]
@@ -72,10 +75,20 @@ def demo(
 
 
 @app.command()
-def split(factory: Factory, example: Example = None, stages: Stages = None, at: At = None, json: Json = False) -> None:
+def split(
+    factory: Factory,
+    example: Example = None,
+    stages: Stages = None,
+    at: At = None,
+    cut: Cut = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write where the cuts are, to be edited and cut at again.")
+    ] = None,
+    json: Json = False,
+) -> None:
     """Cut a model and print its stages: modules, parameters, bytes sent per microbatch.
 
-    Without --stages and --at the cuts are where the model calls pipe_split(). The input is one microbatch.
+    Without --stages, --at and --cut the cuts are where the model calls pipe_split(). The input is one microbatch.
 
     Try it: pipework split examples.gpt:build --example examples.gpt:example_input --stages 4
     """
@@ -85,7 +98,9 @@ def split(factory: Factory, example: Example = None, stages: Stages = None, at: 
 
     given = subject(factory, example)
     with blamed("cutting the model"):
-        pipe = pipeline(given.model, given.args, given.kwargs, split_spec=split_spec(at or ()) or None, stages=stages)
+        pipe = pipeline(given.model, given.args, given.kwargs, split_spec=split_spec(at or (), cut), stages=stages)
+    if save is not None:
+        pipe.cut_points.save(save)
     if json:
         _print_json({"stages": rows(pipe)})
     else:
@@ -171,6 +186,7 @@ def verify(  # noqa: PLR0913, PLR0917 - an option each
     example: Example = None,
     stages: Stages = None,
     at: At = None,
+    cut: Cut = None,
     schedule: Annotated[str, typer.Option(metavar="FAMILY", help=f"One of {_FAMILIES}.")] = "one_f_one_b",
     ranks: Ranks = 2,
     microbatches: Microbatches = 4,
@@ -188,15 +204,15 @@ def verify(  # noqa: PLR0913, PLR0917 - an option each
 ) -> int:
     """Prove that a pipelined step equals the unsplit model: loss, outputs, every gradient, bit by bit.
 
-    The input is a whole batch. Without --stages and --at the cuts are where the model calls pipe_split(), else one
-    stage per rank. Exit code 0: equal; 1: different.
+    The input is a whole batch. Without --stages, --at and --cut the cuts are where the model calls pipe_split(), else
+    one stage per rank. Exit code 0: equal; 1: different.
 
     Try it: pipework verify examples.gpt:build --example examples.gpt:example_input --ranks 4
     """
     from pipework.cli.proof import Proof
 
     _require_family(schedule)
-    proof = Proof(factory, example, stages, tuple(at or ()), schedule, ranks, microbatches, loss)
+    proof = Proof(factory, example, stages, tuple(at or ()), cut, schedule, ranks, microbatches, loss)
     report = proof.on_processes() if processes else proof.on_threads()
     if json:
         _print_json(report.as_dict())

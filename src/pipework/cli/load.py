@@ -11,13 +11,14 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import nn
 
 from pipework.errors import InputError, PipeworkError, nearest
-from pipework.split import SplitPoint
+from pipework.split import CutPoints, SplitPoint
 
 
 @final
@@ -117,8 +118,18 @@ def blamed(what: str) -> Iterator[None]:
         raise InputError(f"{what} failed: {type(error).__name__}: {error}", where=where) from error
 
 
-def split_spec(at: Iterable[str]) -> dict[str, SplitPoint]:
-    """Cuts from `--at`: a module's name, with `:end` for a cut after it."""
+def split_spec(at: Iterable[str], cut: Path | None = None) -> dict[str, SplitPoint] | CutPoints | None:
+    """Cuts from `--at`, or from the file given by `--cut`; None where there are neither."""
+    spec = _named(at)
+    if cut is None:
+        return spec or None
+    if spec:
+        raise InputError("both --at and --cut were given", remedy="pass one of them")
+    return CutPoints.load(cut)
+
+
+def _named(at: Iterable[str]) -> dict[str, SplitPoint]:
+    """Cuts at modules by name, with `:end` for a cut after one."""
     spec: dict[str, SplitPoint] = {}
     for text in at:
         name, colon, place = text.partition(":")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -24,6 +25,7 @@ class Proof:
     example: str | None
     stages: int | None
     at: tuple[str, ...]
+    cut: Path | None
     schedule: str
     ranks: int
     microbatches: int
@@ -49,7 +51,7 @@ class Proof:
                 given.args,
                 given.kwargs,
                 loss=lambda output, _: own(output),
-                split_spec=split_spec(self.at) or None,
+                split_spec=split_spec(self.at, self.cut),
                 stages=self.stages,
                 schedule=self.schedule,
                 ranks=self.ranks,

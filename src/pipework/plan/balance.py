@@ -15,7 +15,8 @@ def balance(costs: Sequence[float], parts: int, crossing: Sequence[float] | None
 
     The result has `parts - 1` ascending positions; position i cuts before item i. Among all best cuts it is one of
     least total `crossing`, where `crossing[i]` is what a cut before item i costs, and `math.inf` forbids it
-    (`crossing[0]` is never used). Exact, for floats too: nothing is rounded on the way.
+    (`crossing[0]` is never used); among those, of least sum of squares, which evens out the parts below the heaviest.
+    Exact, for floats too: nothing is rounded on the way.
 
     Raises CutError for negative or infinite costs, and where so many parts cannot be had.
 
@@ -78,23 +79,25 @@ def _parts_within(upto: Sequence[int], bound: int) -> int:
 def _cheapest_cuts(
     upto: Sequence[int], crossing: Sequence[int], begins: Sequence[int], parts: int, bound: int
 ) -> list[int]:
-    """The blocks before which to cut, for the least total crossing with no part heavier than `bound`."""
+    """The blocks before which to cut, with no part heavier than `bound`: of least crossing, then of least squares."""
     blocks = len(upto) - 1
-    # least[i]: the least crossing when the first i blocks make so many parts; last[i]: where the last one begins.
-    least: list[int | None] = [0, *[None] * blocks]
+    # least[i]: the least (crossing, sum of squares) when the first i blocks make so many parts; last[i]: where the
+    # last one begins.
+    least: list[tuple[int, int] | None] = [(0, 0), *[None] * blocks]
     chosen: list[list[int]] = []
     for _ in range(parts):
-        after: list[int | None] = [None] * (blocks + 1)
+        after: list[tuple[int, int] | None] = [None] * (blocks + 1)
         last = [0] * (blocks + 1)
         for end in range(1, blocks + 1):
             for begin in range(bisect_left(upto, upto[end] - bound), end):
                 before = least[begin]
                 if before is None:
                     continue
-                sum_ = before + (crossing[begins[begin]] if begin else 0)
+                crossed = before[0] + (crossing[begins[begin]] if begin else 0)
+                sums = crossed, before[1] + (upto[end] - upto[begin]) ** 2
                 best = after[end]
-                if best is None or sum_ < best:
-                    after[end], last[end] = sum_, begin
+                if best is None or sums < best:
+                    after[end], last[end] = sums, begin
         least = after
         chosen.append(last)
     cuts: list[int] = []

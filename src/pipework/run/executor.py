@@ -11,6 +11,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -57,6 +58,7 @@ class Kept:
     taken: list[torch.Tensor]
     out: tuple[torch.Tensor, ...]
     loss: torch.Tensor | None
+    gradients: dict[int, torch.Tensor]  # of what was taken, by position, as the backward left them
 
 
 class StageRun:
@@ -91,13 +93,15 @@ class StageRun:
         taken = [t if t.device == self.device else t.to(self.device, non_blocking=True) for t in taken]
         for tensors in received:
             taken += tensors
+        gradients: dict[int, torch.Tensor] = {}
         if self.trains:
             for end in self.incoming:
                 for position in end.back_values:
-                    taken[position].requires_grad_()
+                    # Not read from `.grad`, which takes on the layout of the value: kernels choose by layout.
+                    taken[position].requires_grad_().register_hook(partial(gradients.__setitem__, position))
         out = self.code(self.stage, *taken)
         loss = feed.finish(microbatch, [out[i] for i in self.results]) if self.is_last else None
-        return Kept(taken, out, loss)
+        return Kept(taken, out, loss, gradients)
 
     def backward(self, kept: Kept, gradients: Sequence[Sequence[torch.Tensor]]) -> None:
         """Go back from the loss and from what came back over each outgoing edge that returns gradients."""
@@ -119,7 +123,7 @@ class StageRun:
     def returned(self, end: _End, kept: Kept) -> list[torch.Tensor]:
         """The gradients that go back over an incoming edge, after the backward."""
         return [
-            self.tied.take_gradient(wire.parameter) if wire.parameter else _gradient(kept.taken[position])
+            self.tied.take_gradient(wire.parameter) if wire.parameter else _gradient(kept, position)
             for position, wire in end.back
         ]
 
@@ -142,33 +146,42 @@ class Executor:
         self,
         program: Program,
         layout: Layout,
-        variant: Variant,
+        variants: Sequence[Variant],
         stages: Mapping[int, Stage],
         transport: Transport,
         trains: bool,
     ) -> None:
         self.rank, self.transport, self.layout, self.trains = program.rank, transport, layout, trains
         own = next((p for stage in stages.values() for p in (*stage.parameters(), *stage.buffers())), None)
-        self.runs = {
-            index: StageRun(variant, index, stage, stage.device_beside(own), trains) for index, stage in stages.items()
+        self.devices = {index: stage.device_beside(own) for index, stage in stages.items()}
+        made = {
+            (index, variant): StageRun(variant, index, stage, self.devices[index], trains)
+            for index, stage in stages.items()
+            for variant in dict.fromkeys(variants)
         }
-        self._edges = {(e.source, e.target): e for e in variant.cut.edges}
-        self._channels = {pair: number for number, pair in enumerate(sorted(self._edges))}
+        self.runs = list(made.values())
+        self._run_of = {(index, m): made[index, v] for index in stages for m, v in enumerate(variants)}
+        self._edges = [{(e.source, e.target): e for e in variant.cut.edges} for variant in variants]
+        self._channels = {pair: number for number, pair in enumerate(sorted(layout.edges))}
         self._program = _ahead(
             [self._bound(instruction) for instruction in program.instructions], transport.receives_ahead
         )
-        self._ties, self._stages = (variant.ties if trains and not transport.in_one_process else ()), stages
+        self._ties, self._stages = (variants[0].ties if trains and not transport.in_one_process else ()), stages
 
     def run(self, feed: Feed) -> None:
         """One step; gradients are added to the parameters' own."""
-        for run in self.runs.values():
+        for run in self.runs:
             run.tied.refresh()
         step = _Step(self, feed)
-        for do, what in self._program:
-            do(step, what)
-        step.finish()
+        try:
+            for do, what in self._program:
+                do(step, what)
+            step.finish()
+        except BaseException:
+            step.abandon()
+            raise
         if self._ties:
-            spread(self._ties, self.layout, self._stages, self.transport, 2 * len(self._edges))
+            spread(self._ties, self.layout, self._stages, self.transport, 2 * len(self._channels))
 
     def is_here(self, stage: int) -> bool:
         """Whether a stage is on this rank."""
@@ -178,18 +191,19 @@ class Executor:
         if isinstance(instruction, Compute):
             action = instruction.action
             do = _Step.forward if action.kind is Kind.FORWARD else _Step.backward
-            return do, (action, self.runs[action.stage])
+            return do, (action, self._run_of[action.stage, action.microbatch])
         do = _Step.receive if isinstance(instruction, Receive) else _Step.send
         return do, self._route(instruction.transfer)
 
     def _route(self, transfer: Transfer) -> Route:
         source, target = transfer.after.stage, transfer.to
         forward = source < target
-        edge = self._edges[(source, target) if forward else (target, source)]
+        pair = (source, target) if forward else (target, source)
+        edge = self._edges[transfer.after.microbatch].get(pair, Edge(*pair, ()))
         return Route(
             key=(source, target, transfer.after.microbatch),
             peer=self.layout.rank_of[target if self.is_here(source) else source],
-            channel=2 * self._channels[edge.source, edge.target] + (not forward),
+            channel=2 * self._channels[pair] + (not forward),
             wires=edge.values if forward else tuple(_returned(wire) for wire in edge.gradients),
         )
 
@@ -228,20 +242,25 @@ class _Step:
 
     def receive(self, route: Route) -> None:
         executor = self.executor
-        device = executor.runs[route.key[1]].device
+        device = executor.devices[route.key[1]]
         self.arrivals[route.key] = executor.transport.receive(route.wires, route.peer, route.channel, device)
 
     def send(self, route: Route) -> None:
         under_way = self.sending.setdefault(route.channel, deque())
         if len(under_way) == SENDS_UNDER_WAY:
             under_way.popleft()()
-        tensors = self.ready.pop(route.key)
+        tensors = self.ready.pop(route.key, ())  # nothing, where only other microbatches send over this edge
         under_way.append(self.executor.transport.send(tensors, route.wires, route.peer, route.channel))
 
     def finish(self) -> None:
         for under_way in self.sending.values():
             for wait in under_way:
                 wait()
+
+    def abandon(self) -> None:
+        """Let go of all transfers under way, which keep connections open as long as they are there."""
+        for left in (self.kept, self.arrivals, self.ready, self.sending):
+            left.clear()
 
     def forward(self, work: tuple[Action, StageRun]) -> None:
         action, run = work
@@ -295,6 +314,7 @@ def _returned(wire: Wire) -> Wire:
     return wire
 
 
-def _gradient(tensor: torch.Tensor) -> torch.Tensor:
+def _gradient(kept: Kept, position: int) -> torch.Tensor:
     """The gradient of a stage's input; zeros where the stage used the value without one."""
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+    found = kept.gradients.get(position)
+    return torch.zeros_like(kept.taken[position]) if found is None else found

@@ -23,9 +23,9 @@ from pipework.split.trees import leaves, map_leaves
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
-    """A batch in microbatches: the variant of the cut for it, its input tensors by position, its targets."""
+    """A batch in microbatches: for each the variant of the cut, the input tensors by position, the target."""
 
-    variant: Variant
+    variants: list[Variant]
     inputs: list[list[torch.Tensor | None]]
     targets: list[Any]
 
@@ -51,6 +51,17 @@ class Absent:
         return torch.empty_strided(shape, stride, dtype=dtype, device="meta").requires_grad_(requires_grad)
 
 
+def _refuse_unfinished(arguments: Arguments) -> None:
+    """An input that was itself computed with gradients would be gone back through once for each microbatch."""
+    for name, leaf in named(arguments.values):
+        if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None and torch.is_grad_enabled():
+            raise InputError(
+                f"the input {name} is the result of a computation with gradients",
+                why="the step goes back once for each microbatch, and that computation can be gone through once only",
+                remedy="pass x = x.detach().requires_grad_(), and go back from x.grad yourself after the step",
+            )
+
+
 @final
 class Inputs:
     """Makes batches for one runner."""
@@ -63,7 +74,7 @@ class Inputs:
             for name, value in pipe.example.values.items()
             if any(isinstance(x, torch.Tensor) for x in leaves(value))
         }
-        self._everyone_has_all: bool | None = None
+        self.everyone_has_all: bool | None = None
 
     def batch(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, ends: Sequence[Transport], first: bool
@@ -74,31 +85,27 @@ class Inputs:
         """
         in_threads = len(ends) == ends[0].ranks
         arguments = self._pipe.bind(args, kwargs) if in_threads else self._gathered(args, kwargs, ends[0])
-        with refusing(ends[0], not in_threads and (first or not self._everyone_has_all)):
+        with refusing(ends[0], not in_threads and (first or not self.everyone_has_all)):
+            _refuse_unfinished(arguments)
             parts = chunk(arguments.values, self._microbatches, self._spec(arguments.values))
-            variant = self._variant([arguments.with_values(part) for part in parts])
+            variants = self._variants([arguments.with_values(part) for part in parts])
             inputs = [[None if t.is_meta else t for t in arguments.with_values(part).tensors()] for part in parts]
             targets = {"target": target}
             aims = [part["target"] for part in chunk(targets, self._microbatches, self._spec(targets))]
-        if not in_threads and not self._everyone_has_all:
-            self._refuse_missing(variant, inputs[0], arguments, ends[0])
-        return Batch(variant, inputs, aims)
+        if not in_threads and not self.everyone_has_all:
+            self._refuse_missing(variants, inputs[0], arguments, ends[0])
+        return Batch(variants, inputs, aims)
 
-    def _variant(self, parts: Sequence[Arguments]) -> Variant:
-        """The one variant for all microbatches; a model that counts its calls must do the same in each of them."""
-        variant = self._pipe.variant(parts[0])
-        if not variant.changed_attributes:
-            return variant
-        for microbatch, part in enumerate(parts):
-            if self._pipe.variant(part).sources != variant.sources:
-                module, name, _ = variant.changed_attributes[0]
-                raise InputError(
-                    f"the model does something else in microbatch {microbatch} than in microbatch 0",
-                    why=f"its forward changes {f'{module}.{name}'.lstrip('.')!r}, and branches on it",
-                    remedy="have the forward depend on its arguments only, or put it in a module that stays whole",
-                )
-            self._pipe.ran(self._pipe.variant(part))
-        return variant
+    def _variants(self, parts: Sequence[Arguments]) -> list[Variant]:
+        """Each microbatch's variant: one for all, unless values of the inputs, or a count of calls, decide the path."""
+        first = self._pipe.variant(parts[0])
+        if first.guards is None and not first.changed_attributes:
+            return [first] * len(parts)
+        found: list[Variant] = []
+        for part in parts:
+            found.append(self._pipe.variant(part))
+            self._pipe.ran(found[-1])
+        return found
 
     def _spec(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """What the chunk spec says about these values; inputs that a rank was not given may be in it too."""
@@ -113,13 +120,13 @@ class Inputs:
 
     def _gathered(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], end: Transport) -> Arguments:
         """This rank's arguments, with a stand-in for each that only other ranks have."""
-        with refusing(end, not self._everyone_has_all):
-            mine = self._pipe.bind(args, kwargs, partial=not self._everyone_has_all)
+        with refusing(end, not self.everyone_has_all):
+            mine = self._pipe.bind(args, kwargs, partial=not self.everyone_has_all)
         given = {name: value for name, value in mine.values.items() if value is not None}
         missing = sorted(self._tensor_arguments - given.keys())
-        if self._everyone_has_all is None:
-            self._everyone_has_all = not any(together(end, missing))
-        if self._everyone_has_all:
+        if self.everyone_has_all is None:
+            self.everyone_has_all = not any(together(end, missing))
+        if self.everyone_has_all:
             if missing:
                 raise InputError(
                     f"{missing[0]} was passed in the first step, and not in this one",
@@ -148,13 +155,14 @@ class Inputs:
         return mine.with_values(values)
 
     def _refuse_missing(
-        self, variant: Variant, inputs: list[torch.Tensor | None], arguments: Arguments, end: Transport
+        self, variants: Sequence[Variant], inputs: list[torch.Tensor | None], arguments: Arguments, end: Transport
     ) -> None:
         names = [name for name, leaf in named(arguments.values) if isinstance(leaf, torch.Tensor)]
         problem = next(
             (
                 (names[position], stage)
                 for stage in self._layout.held_by(end.rank)
+                for variant in variants
                 for _, position in variant.cut.parts[stage].inputs
                 if inputs[position] is None
             ),

@@ -25,18 +25,18 @@ class Losses:
         trains: bool,
         divisor: int,
         targets: Sequence[Any],
-        variant: Variant,
+        variants: Sequence[Variant],
         keep: bool,
     ) -> None:
-        self._loss, self._divisor, self._targets = loss, divisor, targets
+        self._loss, self._trains, self._divisor, self._targets = loss, trains, divisor, targets
         self._required = trains or (loss is not None and any(target is not None for target in targets))
-        self._variant, self._keep = variant, keep
+        self._variants, self._keep = variants, keep
         self._values: list[torch.Tensor | None] = [None] * len(targets)
         self._outputs: list[Any] = [None] * len(targets)
 
     def finish(self, microbatch: int, results: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """Note the output of one microbatch; gives the loss to go back from."""
-        output = self._variant.rebuild(results)
+        output = self._variants[microbatch].rebuild(results)
         if self._keep:
             self._outputs[microbatch] = map_leaves(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, output)
         if not self._required and (self._loss is not None or _found(output) is None):
@@ -52,6 +52,12 @@ class Losses:
                 f"the loss of microbatch {microbatch} is {shape}",
                 why="a step goes back from one number per microbatch",
                 remedy="reduce it to a tensor without dimensions, with .mean() for example",
+            )
+        if self._trains and not loss.requires_grad:
+            raise InputError(
+                f"the loss of microbatch {microbatch} has no gradient",
+                why="nothing that it was made of is trained, or it was detached or turned into a number on the way",
+                remedy="make the loss of the model's output, and train at least one parameter that it depends on",
             )
         self._values[microbatch] = loss.detach()
         return loss / self._divisor if self._divisor != 1 else loss

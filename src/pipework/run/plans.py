@@ -13,19 +13,23 @@ from pipework.run.executor import Executor
 from pipework.run.transport import Transport, together
 from pipework.split.pipe import Pipe, Variant
 
+REFUSED = -1
+"""In place of a plan's number: this rank will not take the step."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
     """One kind of step, ready to be played by each rank at hand."""
 
     schedule: Schedule
-    variant: Variant
+    variants: tuple[Variant, ...]  # by microbatch
     executors: tuple[Executor, ...]
+    number: int  # tells it from other plans, the same on every rank
 
 
-def plan(pipe: Pipe, schedule: Schedule, variant: Variant, trains: bool, ends: Sequence[Transport]) -> Plan:
-    """Lower the schedule over the variant's edges and prepare the executors of the ranks in `ends`."""
-    layout = pipe.lay(schedule.layout, variant)
+def plan(pipe: Pipe, schedule: Schedule, variants: Sequence[Variant], trains: bool, ends: Sequence[Transport]) -> Plan:
+    """Lower the schedule over the edges of the microbatches' variants, and prepare the executors of the ranks."""
+    layout = pipe.lay(schedule.layout, *dict.fromkeys(variants))
     if trains:
         schedule = schedule.with_layout(layout)
         check(schedule)
@@ -36,19 +40,22 @@ def plan(pipe: Pipe, schedule: Schedule, variant: Variant, trains: bool, ends: S
         Executor(
             programs[end.rank],
             layout,
-            variant,
+            variants,
             {index: pipe.get_stage_module(index) for index in layout.held_by(end.rank)},
             end,
             trains,
         )
         for end in ends
     )
-    return Plan(schedule, variant, executors)
+    number = int(hashlib.sha256(f"{fingerprint(variants)} {trains}".encode()).hexdigest()[:15], 16)
+    return Plan(schedule, tuple(variants), executors, number)
 
 
-def fingerprint(variant: Variant) -> str:
+def fingerprint(variants: Sequence[Variant]) -> str:
     """16 hexadecimal digits over all that ranks must agree on about a cut: its edges and their wires."""
-    return hashlib.sha256(repr((variant.cut.edges, variant.cut.results)).encode()).hexdigest()[:16]
+    known = list(dict.fromkeys(variants))
+    facts = [(v.cut.edges, v.cut.results) for v in known], [known.index(v) for v in variants]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def agree(facts: dict[str, Any], end: Transport) -> None:

@@ -18,11 +18,12 @@ from pipework.split.torch_private import timeout_of
 GLOO_RECEIVES_AHEAD = 4
 """A Gloo send that finds its receive posted is one write; else both sides negotiate, through Gloo's own thread."""
 
-Lane = dist.ProcessGroup | dist.ProcessGroupGloo
-_known_lanes: WeakKeyDictionary[dist.ProcessGroup, tuple[Lane, Lane]] = WeakKeyDictionary()
+Lane = Any  # a process group; torch's stubs leave out the calls of ProcessGroupGloo
+_known_lanes: WeakKeyDictionary[dist.ProcessGroup, tuple[Lane, ...]] = WeakKeyDictionary()
+_opened: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # how often, as a failure closes them
 
 
-def _lanes(group: dist.ProcessGroup) -> tuple[Lane, Lane]:
+def _lanes(group: dist.ProcessGroup) -> tuple[Lane, ...]:
     """Connections of their own for each direction of the pipeline, shared by all runners of a group.
 
     On one connection a message that leaves makes those that arrive wait, and Gloo's thread spins meanwhile.
@@ -30,11 +31,12 @@ def _lanes(group: dist.ProcessGroup) -> tuple[Lane, Lane]:
     lanes = _known_lanes.get(group)
     if lanes is None:
         store, rank, ranks = group.get_group_store(), dist.get_rank(group), dist.get_world_size(group)
-        forward, back = (
-            dist.ProcessGroupGloo(dist.PrefixStore(f"pipework/{way}", store), rank, ranks, timeout_of(group))
-            for way in ("forward", "back")
+        number = _opened[group] = _opened.get(group, 0) + 1
+        names = (f"pipework/{number}/{way}" for way in ("forward", "back"))
+        lanes = tuple(
+            dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, ranks, timeout_of(group)) for name in names
         )
-        lanes = _known_lanes[group] = forward, back
+        _known_lanes[group] = lanes
     return lanes
 
 
@@ -44,21 +46,22 @@ class ProcessTransport(Transport):
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group, self.device = group, device
-        self._lanes: tuple[Lane, Lane] = (group, group)  # for values, and for gradients
-        if dist.get_backend(group) == "gloo":
-            self._lanes, self.receives_ahead = _lanes(group), GLOO_RECEIVES_AHEAD
+        self._lanes: tuple[Lane, ...] = (group, group)  # for values, and for gradients
+        self._is_gloo = dist.get_backend(group) == "gloo"
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise TransportError(
                 "this process is not in the group of the pipeline",
                 remedy="make the runner only in the processes of the group",
             )
+        if self._is_gloo:
+            self._lanes, self.receives_ahead = _lanes(group), GLOO_RECEIVES_AHEAD
 
     @override
     def send(self, tensors: Sequence[torch.Tensor], wires: Sequence[Wire], to: int, channel: int) -> Wait:
         laid = [_laid(tensor, wire) for tensor, wire in zip(tensors, wires, strict=True)]
         spans = [span for span in map(_span, laid) if span.numel()]
-        works = [self._lanes[channel % 2].send([span], to, channel) for span in spans]
+        works = [self._lane(channel % 2).send([span], to, channel) for span in spans]
 
         def wait() -> None:
             for work in works:
@@ -71,7 +74,7 @@ class ProcessTransport(Transport):
     def receive(self, wires: Sequence[Wire], source: int, channel: int, device: torch.device) -> Arrival:
         tensors = [_empty(wire, device) for wire in wires]
         spans = [span for span in map(_span, tensors) if span.numel()]
-        works = [self._lanes[channel % 2].recv([span], source, channel) for span in spans]
+        works = [self._lane(channel % 2).recv([span], source, channel) for span in spans]
 
         def wait() -> list[torch.Tensor]:
             for work in works:
@@ -87,12 +90,32 @@ class ProcessTransport(Transport):
         return found
 
     @override
+    def numbers(self, number: int) -> list[int] | None:
+        if not self._is_gloo:
+            return None  # it would make the host wait for the GPU
+        found = [torch.empty(1, dtype=torch.int64) for _ in range(self.ranks)]
+        self._lane(0).allgather([found], [torch.tensor([number])]).wait()
+        return [int(one) for one in found]
+
+    @override
     def fail(self, error: BaseException) -> None:
-        """The group has no way to say so; the others run into its time limit."""
+        """Close this rank's own connections, so that whoever waits on one of them hears of it at once."""
+        _known_lanes.pop(self._group, None)
+        self._lanes = ()
+
+    def _lane(self, number: int) -> Lane:
+        if not self._lanes:
+            raise TransportError(
+                "this runner's connections were closed when a step failed",
+                remedy="make a new runner on every rank once the cause is mended",
+            )
+        return self._lanes[number]
 
     @override
     def share(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        dist.broadcast(tensor, group=self._group, group_src=source)
+        options = dist.BroadcastOptions()
+        options.rootRank = source
+        self._lane(0).broadcast([tensor], options).wait()
         return tensor
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
 
-from pipework.errors import InputError, PipeworkError, ScheduleError
+from pipework.errors import InputError, PipeworkError, ScheduleError, TransportError
 from pipework.plan import Costs, Schedule, Span, Timeline, check
-from pipework.run.executor import Feed
+from pipework.run.checkpoint import load
+from pipework.run.executor import Executor, Feed
 from pipework.run.inputs import Batch, Inputs
 from pipework.run.losses import Losses
-from pipework.run.plans import Plan, agree, fingerprint, plan
+from pipework.run.materialise import Initialize, initialize
+from pipework.run.plans import REFUSED, Plan, agree, fingerprint, plan
 from pipework.run.transport import Threads, Transport, refusing, together
 from pipework.split.draws import DrawKey, streams
 from pipework.split.microbatch import UNSAID, merge
@@ -85,7 +89,7 @@ class Runner:
             self._refuse_unfit(pipe, schedule)
         self._names = pipe.names
         self._buffer_names = {name for name, _ in pipe.model.named_buffers()}
-        self._plans: dict[tuple[int, bool], Plan] = {}
+        self._plans: dict[tuple[tuple[int, ...], bool], Plan] = {}
         self._pool: ThreadPoolExecutor | None = None
         self.steps = 0
         self._spans: list[Span] | None = None
@@ -136,8 +140,7 @@ class Runner:
                 why="it would go backward through nothing",
                 remedy="call it outside torch.no_grad() and torch.inference_mode(), or call evaluate()",
             )
-        batch = self._inputs.batch(args, kwargs, target, self._ends, not self._plans)
-        loss = self._play(batch, trains=True)
+        loss = self._play(self._batch(args, kwargs, target), trains=True)
         assert loss is not None
         self.steps += 1
         return loss
@@ -148,47 +151,67 @@ class Runner:
         The model's mode is left as it is: call `pipe.eval()` first for a model with dropout.
         """
         with torch.no_grad():
-            batch = self._inputs.batch(args, kwargs, target, self._ends, not self._plans)
-            loss = self._play(batch, trains=False)
+            loss = self._play(self._batch(args, kwargs, target), trains=False)
         return Evaluation(loss, self._outputs)
+
+    def _batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> Batch:
+        """The batch of a call; an error in it is told to the other ranks, which would wait for this one."""
+        first = not self._plans
+        try:
+            return self._inputs.batch(args, kwargs, target, self._ends, first)
+        except PipeworkError:
+            if not first and self._inputs.everyone_has_all:
+                self._ends[0].numbers(REFUSED)
+            raise
 
     def _play(self, batch: Batch, trains: bool) -> torch.Tensor | None:
         made = self._plan(batch, trains)
         divisor = self.schedule.microbatches if self._scale_loss else 1
         keep = self.keep_outputs or not trains
-        losses = Losses(self._loss, trains, divisor, batch.targets, made.variant, keep)
+        losses = Losses(self._loss, trains, divisor, batch.targets, made.variants, keep)
         spans: list[Span] | None = [] if self._record else None
         draw = DrawKey(self.seed, self.steps, 0)
         feed = Feed(batch.inputs, losses.finish, draw, spans)
         modules = self._drawing_modules(made)
-        with streams(modules, made.variant.drawing):
+        drawing = {name: called for v in dict.fromkeys(made.variants) for name, called in v.drawing.items()}
+        with streams(modules, drawing):
             self._run(made, feed)
+        total = losses.total(self._ends, made.schedule.layout.rank_of[-1])
+        self._outputs = merge(losses.outputs, self._merge_spec) if losses.outputs else None
         self._recorded = None
         if spans is not None:
             self._recorded = made.schedule, [span for told in self.exchange(spans) for span in told]
-        self._outputs = merge(losses.outputs, self._merge_spec) if losses.outputs else None
-        return losses.total(self._ends, made.schedule.layout.rank_of[-1])
+        return total
 
     def _plan(self, batch: Batch, trains: bool) -> Plan:
-        key = id(batch.variant), trains
+        """The plan of a step, after all ranks have said that they mean the same."""
+        key = tuple(map(id, batch.variants)), trains
         made = self._plans.get(key)
+        number = 0 if made is None else made.number
+        told = self._ends[0].numbers(number) if self._plans else None  # before the first step all is told anyway
+        if told is not None and REFUSED in told:
+            raise InputError(
+                f"rank {told.index(REFUSED)} refused the step",
+                why="its call was another than this one; its own error says more",
+                remedy="make the same call on every rank",
+            )
+        if self._threads is None and (made is None or (told is not None and set(told) != {number})):
+            facts = {
+                "schedule": (self.schedule.name, self.schedule.fingerprint),
+                "number of microbatches": self.schedule.microbatches,
+                "kind of step": "step" if trains else "evaluate",
+                "cut": fingerprint(batch.variants),
+                "scale_loss": self._scale_loss,
+                "record": self._record,
+            }
+            agree(facts, self._ends[0])
         if made is None:
-            if self._threads is None:
-                facts = {
-                    "schedule": (self.schedule.name, self.schedule.fingerprint),
-                    "number of microbatches": self.schedule.microbatches,
-                    "kind of step": "step" if trains else "evaluate",
-                    "cut": fingerprint(batch.variant),
-                    "scale_loss": self._scale_loss,
-                    "record": self._record,
-                }
-                agree(facts, self._ends[0])
-            made = self._plans[key] = plan(self.pipe, self.schedule, batch.variant, trains, self._ends)
+            made = self._plans[key] = plan(self.pipe, self.schedule, batch.variants, trains, self._ends)
         return made
 
     def _run(self, made: Plan, feed: Feed) -> None:
         if self._threads is None:
-            made.executors[0].run(feed)
+            self._run_here(made.executors[0], feed)
             return
         self._threads.begin()
         if self._pool is None:
@@ -209,13 +232,31 @@ class Runner:
         if errors:  # those that only heard of another's failure say less than it does
             raise next((e for e in errors if e.__cause__ not in errors or e.__cause__ is None), errors[0])
 
+    def _run_here(self, executor: Executor, feed: Feed) -> None:
+        """This process's rank; where another has failed, its connections are closed, and so are this one's then."""
+        try:
+            executor.run(feed)
+            return
+        except Exception as error:
+            self._ends[0].fail(error)
+            lost = str(error)
+            if "Connection closed" not in lost and "Socket closed" not in lost:
+                raise
+        # Raised out here, since the first error's traceback holds the transfers under way, and they the connections.
+        raise TransportError(
+            "the connection to another rank was lost",
+            where=f"rank {executor.rank}",
+            why=f"that rank has failed or ended, and its own error says more ({lost})",
+            remedy="make a new runner on every rank once the cause is mended",
+        )
+
     def _drawing_modules(self, made: Plan) -> dict[str, nn.Module]:
-        if not made.variant.drawing:
+        if not any(variant.drawing for variant in made.variants):
             return {}
         return {
             name: module
             for executor in made.executors
-            for run in executor.runs.values()
+            for run in executor.runs
             for name, module in run.stage.named_modules()
         }
 
@@ -270,8 +311,23 @@ class Runner:
                     yield name, buffer
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Parameters and persistent buffers that this process holds, by their name in the original model."""
-        return {name: tensor for stage in self._stages() for name, tensor in stage.state_dict().items()}
+        """Parameters and persistent buffers that this process holds, by their name in the original model.
+
+        Those that no stage uses are given by the rank of the first stage, so that all ranks together give all.
+        """
+        held = {name: tensor for stage in self._stages() for name, tensor in stage.state_dict().items()}
+        return held | self._unused()
+
+    def _unused(self) -> dict[str, torch.Tensor]:
+        """What of the model no stage uses, on the rank of the first stage."""
+        if self.schedule.layout.rank_of[0] not in [end.rank for end in self._ends]:
+            return {}
+        used = {self.pipe.names.get(n, n) for i in range(self.pipe.num_stages) for n in self._stage_state(i)}
+        state = self.pipe.model.state_dict()
+        return {name: tensor for name, tensor in state.items() if self.pipe.names.get(name, name) not in used}
+
+    def _stage_state(self, index: int) -> dict[str, torch.Tensor]:
+        return self.pipe.get_stage_module(index).state_dict()
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Load what this process holds from a state dict of the original model, or of any other cut of it.
@@ -283,6 +339,72 @@ class Runner:
             raise InputError(f"the state dict lacks {', '.join(missing[:4])}", remedy="pass one of the whole model")
         for stage in self._stages():
             stage.load_state_dict({name: state[name] for name in stage.state_dict()})
+        for name, tensor in self._unused().items():
+            tensor.copy_(state[name])
+
+    def initialize(
+        self,
+        function: Initialize | None = None,
+        *,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Give the stages of this process their first values; those of a model on the meta device are made on `device`.
+
+        `function(module)` is called with each module that owns parameters or buffers, and fills those in; by default
+        it is the module's own `reset_parameters`. Random numbers begin anew in each module from `seed` (by default the
+        runner's) and the module's FQN, so that the values depend neither on the cut nor on the ranks. All ranks call
+        it, before they make optimizers: parameters on the meta device are replaced, in the model too.
+
+        Raises `InputError` naming what is left without values.
+
+        >>> with torch.device("meta"):
+        ...     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> pipe = pipework.pipeline(model, (torch.ones(2, 4),), stages=2)
+        >>> runner = pipework.Runner(pipe, pipework.schedules.gpipe(pipe.layout(ranks=2), microbatches=2))
+        >>> runner.initialize(seed=0)
+        >>> model[0].weight.device, bool((model[2].bias.abs() < 8 ** -0.5).all())
+        (device(type='cpu'), True)
+        """
+        with self._all_or_none():
+            initialize(self.pipe, self._stages(), function, self._place(device), self.seed if seed is None else seed)
+
+    def load(
+        self,
+        path: str | PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        initialize: Initialize | None = None,
+        strict: bool = True,
+    ) -> None:
+        """Read the weights of this process's stages, and no others, from safetensors.
+
+        `path` is a file, or a directory with `model.safetensors` or with `model.safetensors.index.json` and its files.
+        Tensors on the meta device are made on `device` (by default where the runner computes), floating-point ones in
+        the dtype in which they are stored, or `dtype`; those that have values get others in place. A tied parameter is
+        found by any of its names. What no file holds (non-persistent buffers) is filled in by `initialize`, as in
+        `Runner.initialize`. All ranks call it, before they make optimizers.
+
+        Raises `InputError` naming what is missing, what the model does not have (unless `strict` is False), what has
+        another shape, and what is left without values.
+        """
+        with self._all_or_none():
+            load(self.pipe, self._stages(), path, self._place(device), dtype, initialize, strict, self.seed)
+
+    def _place(self, device: torch.device | str | None) -> torch.device:
+        found = self._ends[0].device if device is None else torch.device(device)
+        if found.type == "cuda" and found.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        return found
+
+    @contextlib.contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """Every rank does what the block does, or every rank raises the error of one that could not."""
+        with refusing(self._ends[0], self._threads is None):
+            yield
+        self.exchange(None)
+        self._plans.clear()
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scale all gradients so that their global norm is at most `max_norm`; gives the norm before, on every rank.
@@ -302,6 +424,10 @@ class Runner:
 
 
 def _process_end(group: Any, device: torch.device) -> Transport:
+    import torch.distributed as dist
+
     from pipework.run.processes import ProcessTransport
 
+    if device.type == "cpu" and dist.get_backend(group) == "nccl":  # a model on the meta device is nowhere yet
+        device = torch.device("cuda", torch.cuda.current_device())
     return ProcessTransport(group, device)

@@ -50,6 +50,10 @@ class Transport(ABC):
         """Every rank's value, by rank; all ranks call it."""
 
     @abstractmethod
+    def numbers(self, number: int) -> list[int] | None:
+        """Every rank's number, by rank, at next to no cost; None where it would cost a wait. All ranks call it."""
+
+    @abstractmethod
     def share(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """The tensor of rank `source`, on every rank; all ranks call it with one of the same layout."""
 
@@ -168,6 +172,10 @@ class ThreadTransport(Transport):
         for rank in range(self.ranks):
             self._shelves.put((self.rank, rank, _EXCHANGE), value)
         return [self._shelves.claim((rank, self.rank, _EXCHANGE))() for rank in range(self.ranks)]
+
+    @override
+    def numbers(self, number: int) -> list[int] | None:
+        return None  # threads are called once for all ranks
 
     @override
     def share(self, tensor: torch.Tensor, source: int) -> torch.Tensor:

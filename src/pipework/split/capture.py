@@ -13,12 +13,14 @@ from torch import nn
 
 from pipework.errors import CaptureError, CutError, PipeworkError
 from pipework.split.arguments import named
-from pipework.split.cost import operations
+from pipework.split.cost import Meter
 from pipework.split.fakes import fakes_for, undress
+from pipework.split.generators import Watch
 from pipework.split.intercept import intercepted
 from pipework.split.marks import Marks, SplitPoint
+from pipework.split.points import CutPoint, PipeSplit
 from pipework.split.preserve import changes, unchanged
-from pipework.split.tape import Draw, Entry, Origin, Ref, Surroundings, Tape, Value, user_line
+from pipework.split.tape import ClosedModule, Draw, Entry, Origin, Ref, Surroundings, Tape, Value, user_line
 from pipework.split.torch_private import TorchDispatchMode, arguments_of, has_backward_hooks, storage_of, version_of
 from pipework.split.trees import leaves, map_leaves
 
@@ -34,8 +36,9 @@ class Recording:
     input_names: tuple[str, ...]  # of the input tensors, in order
     output: Any  # the model's output, tensors as Ref
     labels: tuple[str, ...]  # what made each cut, in order
+    points: tuple[CutPoint | PipeSplit, ...]  # each cut as a value
     opened: frozenset[str]
-    called: frozenset[str]
+    called: Mapping[str, int]  # how often each module was called
     calls: Mapping[str, frozenset[str]]  # module -> the modules that its own forward calls
     drawing: frozenset[str]  # modules that draw random numbers in their own forward
     calls_before: tuple[Mapping[str, int], ...]  # per stage: how often each module was called in earlier stages
@@ -60,9 +63,12 @@ class _Run:
 
     def __init__(self, names: Mapping[int, str], opened: frozenset[str], marks: Marks, tape: Tape) -> None:
         self.names, self.opened, self.marks, self.tape = names, opened, marks, tape
+        self.points: list[CutPoint | PipeSplit] = []
+        self.splits_met = 0
         self.stack: list[_Frame] = []
         self.reopen: set[str] = set()
         self.called: dict[str, int] = {}
+        self.generators = Watch()
         self.drawing: set[str] = set()
         self.calls: dict[str, set[str]] = {}  # module -> the modules that its own forward calls
         self.calls_before: list[dict[str, int]] = [{}]
@@ -77,9 +83,9 @@ class _Run:
         frame = _Frame(module, name, self.called.get(name, 0))
         if self.stack:
             self.calls.setdefault(self.stack[-1].name, set()).add(name)
-        points = [m.point for m in self.marks.get(name, ()) if m.call in (None, frame.call)]
+        points = [m.point for m in self.marks.at.get(name, ()) if m.call in (None, frame.call)]
         if SplitPoint.BEGINNING in points:
-            self.cut(f"the beginning of {name!r}")
+            self.cut(f"the beginning of {name!r}", CutPoint(name, SplitPoint.BEGINNING, frame.call))
         self.called[name] = frame.call + 1
         self.stack.append(frame)
         self._locate()
@@ -89,7 +95,9 @@ class _Run:
             if self.tape.silent or self.applied is not None or name in self.opened:
                 out = original(module, *args, **kwargs)
             else:
-                out = self.tape.close(name, lambda: original(module, *args, **kwargs), args, kwargs)
+                closed = ClosedModule(name, frame.call)
+                with self.generators.closed(f"the call of {name!r}"):
+                    out = self.tape.close(closed, lambda: original(module, *args, **kwargs), args, kwargs)
         except Exception:
             self.failed = self.failed or name or "(the model itself)"
             raise
@@ -97,7 +105,7 @@ class _Run:
             self.stack.pop()
         self._child_returned()
         if SplitPoint.END in points:
-            self.cut(f"the end of {name!r}")
+            self.cut(f"the end of {name!r}", CutPoint(name, SplitPoint.END, frame.call))
         return out
 
     def _locate(self) -> None:
@@ -111,10 +119,13 @@ class _Run:
             self._locate()
 
     def split(self) -> None:
-        self.cut(f"pipe_split() at {user_line()}")
+        point = PipeSplit(self.splits_met)
+        self.splits_met += 1
+        if self.marks.splits is None or point.number in self.marks.splits:
+            self.cut(f"pipe_split() at {user_line()}", point)
         self._child_returned()
 
-    def cut(self, label: str) -> None:
+    def cut(self, label: str, point: CutPoint | PipeSplit) -> None:
         if self.applied is not None:
             raise CutError(
                 f"{label} lies inside the custom autograd.Function {self.applied}",
@@ -125,6 +136,7 @@ class _Run:
             self.reopen.update(frame.name for frame in self.stack)
             return
         self.tape.cuts.append(label)
+        self.points.append(point)
         self.calls_before.append(dict(self.called))
 
     def drew(self) -> None:
@@ -166,10 +178,12 @@ class _Operations(TorchDispatchMode):
         if _draws(func, args, kwargs or {}):
             self.run.drew()
         out = func(*args, **(kwargs or {}))
-        self.run.tape.born |= _storages(out) - _storages((args, kwargs))
+        born = _storages(out) - _storages((args, kwargs))
+        self.run.tape.born |= born
         if torch.Tag.dynamic_output_shape in func.tags:
             self.run.tape.shaped_by_values = True
-        self.run.tape.cost += operations(func, args, kwargs, out)
+        if self.run.tape.meter:
+            self.run.tape.meter.operation(func, args, kwargs or {}, out, born)
         return out
 
 
@@ -202,16 +216,18 @@ def capture(
     call: Callable[[Any], Any],
     marks: Marks,
     opened: frozenset[str] = frozenset(),
+    meter: Meter | None = None,
 ) -> Recording:
     """Run `call(inputs)`, which calls `module`, and give what its trunk did.
 
     `inputs` maps input names to trees. A first run finds the modules in which `pipe_split()` is met; they are opened,
-    and the model runs again. Neither the model nor the inputs nor the random state are changed.
+    and the model runs again. With a `meter` each entry says what it cost. Neither the model nor the inputs nor the
+    random state are changed.
     """
-    opened = opened | {""} | {a for name in marks for a in ancestors(name)}
+    opened = opened | {""} | {a for name in marks.at for a in ancestors(name)}
     while True:
         _refuse_backward_hooks(module, opened)
-        recording, missed = _run(module, inputs, call, marks, opened)
+        recording, missed = _run(module, inputs, call, marks, opened, meter)
         if recording is not None:
             return recording
         opened |= missed
@@ -229,7 +245,12 @@ def _refuse_backward_hooks(module: nn.Module, opened: frozenset[str]) -> None:
 
 
 def _run(
-    module: nn.Module, inputs: Mapping[str, Any], call: Callable[[Any], Any], marks: Marks, opened: frozenset[str]
+    module: nn.Module,
+    inputs: Mapping[str, Any],
+    call: Callable[[Any], Any],
+    marks: Marks,
+    opened: frozenset[str],
+    meter: Meter | None,
 ) -> tuple[Recording | None, frozenset[str]]:
     names = {id(m): name for name, m in module.named_modules()}
     fakes = fakes_for(module, inputs)
@@ -243,13 +264,15 @@ def _run(
             inputs = map_leaves(lambda leaf: copies.setdefault(id(leaf), _own_copy(leaf)), inputs)
         kinds = _device_types(module)
         ambient = Surroundings.now(kinds)
-        tape = Tape(_known(module, inputs), kinds)
+        tape = Tape(_known(module, inputs), kinds, meter)
         run = _Run(names, opened, marks, tape)
         buffers = dict(module.named_buffers())
         before = {name: (version_of(b), b if fakes else b.detach().clone()) for name, b in buffers.items()}
         attributes = {name: dict(module.get_submodule(name).__dict__) for name in opened}
         stack.enter_context(intercepted(run, module))
         stack.enter_context(_Operations(run))
+        if meter:
+            stack.enter_context(meter.watching(module))
         stack.enter_context(tape)
         try:
             output = call(inputs)
@@ -257,6 +280,7 @@ def _run(
             raise
         except Exception as error:
             raise _explained(error, run, fakes is not None) from error
+        run.generators.refuse_draws("the end of the model")
         if run.reopen - opened:
             return None, frozenset(run.reopen)
         stack.close()
@@ -267,8 +291,9 @@ def _run(
             output=tape.refs(output),
             values=tuple(tape.values),
             labels=tuple(tape.cuts),
+            points=tuple(run.points),
             opened=opened,
-            called=frozenset(run.called),
+            called=dict(run.called),
             calls={name: frozenset(called) for name, called in run.calls.items()},
             drawing=frozenset(run.drawing),
             calls_before=tuple(run.calls_before),

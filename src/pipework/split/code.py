@@ -25,13 +25,17 @@ _LITERALS = (type(None), bool, int, str, bytes, type(Ellipsis), torch.dtype, tor
 _files = itertools.count()
 
 
+def equal(found: Any, value: Any) -> bool:
+    """Whether two values read back are the same; arrays are by their elements, and NaN is as good as NaN."""
+    if isinstance(found, float) and isinstance(value, float) and math.isnan(found):
+        return math.isnan(value)
+    same: Any = found == value
+    return bool(same.all() if hasattr(same, "all") else same)
+
+
 def expect(found: Any, value: Any, what: str, source: str) -> None:
     """A Python value on which the captured forward depends must be what it was."""
-    equal = found == value
-    if hasattr(equal, "all"):  # an array
-        equal = bool(equal.all())
-    both_nan = isinstance(found, float) and isinstance(value, float) and math.isnan(found) and math.isnan(value)
-    if not equal and not both_nan:
+    if not equal(found, value):
         raise MismatchError(
             f"the model took another path: {what} is {found!r}, and was {value!r} on the example",
             where=source,
@@ -59,13 +63,27 @@ def written(
     return _Writer(part, recording, ambient, constants).write()
 
 
+def guard_source(
+    part: StagePart, recording: Recording, ambient: Surroundings, constants: Mapping[int, str]
+) -> tuple[str, dict[str, Any]]:
+    """As `written`, for a function that gives the values it reads back, instead of checking them."""
+    return _Writer(part, recording, ambient, constants, collects=True).write()
+
+
 class _Writer:
     def __init__(
-        self, part: StagePart, recording: Recording, ambient: Surroundings, constants: Mapping[int, str]
+        self,
+        part: StagePart,
+        recording: Recording,
+        ambient: Surroundings,
+        constants: Mapping[int, str],
+        collects: bool = False,
     ) -> None:
+        self.collects = collects
         self.part, self.recording, self.ambient, self.constants = part, recording, ambient, constants
         self.names: dict[int, str] = {}  # value -> the expression that reaches it
-        self.taken = {"self", "torch", "F", "expect", "stream", "leaves", "device", *keyword.kwlist, *dir(builtins)}
+        self.taken = {"self", "torch", "F", "expect", "stream", "leaves", "device", "found"}
+        self.taken |= {*keyword.kwlist, *dir(builtins)}
         self.objects: dict[str, Any] = {}
         self.uses_device = False
         self.last_use = self._last_uses()
@@ -80,7 +98,9 @@ class _Writer:
         body += self._entries()
         body += [f"self.assign({name!r}, {self.names[index]})" for name, index in part.assigned.items()]
         results = ", ".join(self.names[i] for i in part.outputs)
-        body.append(f"return ({results},)" if results else "return ()")
+        body.append(f"return ({results},)" if results else "return tuple(found)" if self.collects else "return ()")
+        if self.collects:
+            body.insert(0, "found = []")
         if self.uses_device:
             body.insert(0, f"device = {f'{parameters[0]}.device' if parameters else 'self.device_beside(None)'}")
         head = f"def forward({', '.join(['self', *parameters])}):"
@@ -127,6 +147,8 @@ class _Writer:
 
     def _statement(self, entry: Entry) -> list[str]:
         call = self._call(entry)
+        if entry.readback and self.collects:
+            return [f"found.append({call})"]
         if entry.readback:
             return [f"expect({call}, {self._expression(entry.result)}, {entry.title!r}, {self._source(entry)!r})"]
         if "=" in call and name_of_assignment(entry):

@@ -38,13 +38,13 @@ class DrawKey:
     microbatch: int
 
 
-def _seed(key: DrawKey, draw: Draw) -> int:
-    words = f"{key.seed}/{key.step}/{key.microbatch}/{draw.module}/{draw.call}/{draw.segment}"
-    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") >> 1
-
-
 def _begin(key: DrawKey, draw: Draw, device: torch.device) -> None:
-    seed = _seed(key, draw)
+    reseed(f"{key.seed}/{key.step}/{key.microbatch}/{draw.module}/{draw.call}/{draw.segment}", device)
+
+
+def reseed(words: str, device: torch.device) -> None:
+    """Begin the generators of the CPU and of a device anew, from a seed made of the words."""
+    seed = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") >> 1
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,14 +41,19 @@ class Fakes:
     def dress(self, module: nn.Module) -> None:
         """Swap every tensor of every module for its twin, in attributes too (an RNN lists its weights in one)."""
         for m in module.modules():
-            for table in (parameters_of(m), buffers_of(m)):
-                for key, tensor in table.items():
-                    table[key] = self.of(tensor)
-            for key, value in list(m.__dict__.items()):
-                if isinstance(value, torch.Tensor) or (
-                    type(value) in (list, tuple) and any(isinstance(v, torch.Tensor) for v in value)
-                ):
-                    m.__dict__[key] = map_leaves(self.of, value)
+            swap(m, self.of)
+
+
+def swap(module: nn.Module, other: Callable[[Any], Any]) -> None:
+    """Put other tensors in place of a module's own, in its tables and its attributes."""
+    for table in (parameters_of(module), buffers_of(module)):
+        for key, tensor in table.items():
+            table[key] = other(tensor)
+    for key, value in list(module.__dict__.items()):
+        if isinstance(value, torch.Tensor) or (
+            type(value) in (list, tuple) and any(isinstance(v, torch.Tensor) for v in value)
+        ):
+            module.__dict__[key] = map_leaves(other, value)
 
 
 def fakes_for(module: nn.Module, inputs: Any) -> Fakes | None:

@@ -29,7 +29,12 @@ class Mark:
     call: int | None = None
 
 
-Marks = Mapping[str, Sequence[Mark]]
+@dataclasses.dataclass(frozen=True, slots=True)
+class Marks:
+    """All cuts of a model: at modules, by FQN, and at the `pipe_split()`s of these numbers, or at all of them."""
+
+    at: Mapping[str, Sequence[Mark]]
+    splits: frozenset[int] | None = None
 
 
 def pipe_split() -> None:

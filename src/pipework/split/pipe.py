@@ -15,9 +15,11 @@ from pipework.split.arguments import Arguments, bind
 from pipework.split.capture import Recording, capture
 from pipework.split.code import compiled, written
 from pipework.split.cut import Cut, cut, refuse_fake_constants
+from pipework.split.guards import Guards, input_guards
 from pipework.split.marks import Mark, Marks, SplitPoint
-from pipework.split.measure import balanced
+from pipework.split.points import CutPoints, PipeSplit
 from pipework.split.preserve import simple_attributes
+from pipework.split.search import balanced
 from pipework.split.stage import Code, Stage
 from pipework.split.table import table
 from pipework.split.tape import Origin, Ref, Surroundings
@@ -26,7 +28,7 @@ from pipework.split.torch_private import parameters_of
 from pipework.split.trees import map_leaves
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Variant:
     """A cut for inputs of one signature, in one state of the model's modes."""
 
@@ -38,6 +40,7 @@ class Variant:
     on_example: bool
     changed_attributes: tuple[tuple[str, str, Any], ...]
     ties: tuple[Tie, ...]
+    guards: Guards | None
 
     def rebuild(self, results: Sequence[torch.Tensor]) -> Any:
         """The model's own output from the tensors that the last stage returns for it."""
@@ -72,8 +75,10 @@ class Pipe(nn.Module):
         self._trunk: tuple[nn.Module, ...] = ()  # the open modules
         self.names = canonical_names(model)
         self._tables = tuple(parameters_of(m) for m in model.modules())
-        self._variants: dict[tuple[Any, ...], Variant] = {}
+        self._variants: dict[tuple[Any, ...], list[Variant]] = {}
         self._stages = nn.ModuleList()
+        self.cut_points = CutPoints()
+        """Where the model is cut, whatever made the cuts: print it, save it, or pass it on as a `split_spec`."""
         first = self.variant(example)
         self.num_stages = len(first.cut.parts)
 
@@ -117,9 +122,9 @@ class Pipe(nn.Module):
         return self.lay(plain, self.variant(self._example))
 
     @staticmethod
-    def lay(layout: Layout, variant: Variant) -> Layout:
-        """The layout with the edges of a variant."""
-        edges = variant.cut.edges
+    def lay(layout: Layout, *variants: Variant) -> Layout:
+        """The layout with the edges of these variants."""
+        edges = [edge for variant in variants for edge in variant.cut.edges]
         return Layout(
             layout.rank_of,
             frozenset((e.source, e.target) for e in edges),
@@ -153,14 +158,15 @@ class Pipe(nn.Module):
     def variant(self, arguments: Arguments) -> Variant:
         """The cut for these arguments and the model's present modes; captured when first met, looked up afterwards."""
         key = arguments.key(), Surroundings.now(), self._frozen()
-        found = self._variants.get((*key, self._trunk_state()))
+        known = self._variants.get((*key, self._trunk_state()), ())
+        found = next((v for v in known if v.guards is None or v.guards.hold(arguments.tensors())), None)
         if found is None:
             recording = self._capture(arguments)
             if recording.opened != self._opened:  # in the first capture it turns out which modules are open
                 self._opened = recording.opened
                 self._trunk = tuple(self.model.get_submodule(name) for name in sorted(self._opened))
             found = self._build(recording)
-            self._variants[(*key, self._trunk_state())] = found
+            self._variants.setdefault((*key, self._trunk_state()), []).append(found)
         return found
 
     def _frozen(self) -> tuple[bool, ...]:
@@ -170,6 +176,10 @@ class Pipe(nn.Module):
     def _trunk_state(self) -> tuple[Any, ...]:
         """The modes and other plain attributes of the open modules."""
         return tuple(tuple(simple_attributes(module).items()) for module in self._trunk)
+
+    def forget(self) -> None:
+        """Capture anew at the next call, since the model's tensors have other dtypes or devices than before."""
+        self._variants.clear()
 
     def ran(self, variant: Variant) -> None:
         """Give the model's plain attributes (a counter, a flag) the values that one forward leaves in them."""
@@ -190,7 +200,8 @@ class Pipe(nn.Module):
 
     def _build(self, recording: Recording) -> Variant:
         whole = cut(recording)
-        if not self._variants:
+        if not self._stages:
+            self.cut_points = CutPoints(recording.points)
             for index in range(len(whole.parts)):
                 self._stages.append(Stage(index, lambda i=index: self._chosen(i), self._set_mode))
         elif len(whole.parts) != len(self._stages):
@@ -218,6 +229,7 @@ class Pipe(nn.Module):
             recording.on_example,
             recording.changed_attributes,
             tied,
+            input_guards(recording),
         )
 
     def _chosen(self, index: int) -> tuple[Code, str]:
@@ -232,14 +244,15 @@ def pipeline(
     module: nn.Module,
     mb_args: tuple[Any, ...] = (),
     mb_kwargs: Mapping[str, Any] | None = None,
-    split_spec: Mapping[str, SplitPoint] | None = None,
+    split_spec: Mapping[str, SplitPoint] | CutPoints | None = None,
     stages: int | None = None,
 ) -> Pipe:
     """Cut a model into stages on one example microbatch.
 
-    The cuts are where `pipe_split()` is met in a forward, before or after the modules named in `split_spec`, or, with
-    `stages=N`, where they balance best. The model itself is not changed; the stages share its parameters. A model on
-    the meta device is cut without memory for its weights.
+    The cuts are where `pipe_split()` is met in a forward, and before or after the modules named in `split_spec`. With
+    `stages=N` they are instead where the stages balance best by counted cost, which is the same on every rank; and with
+    the `cut_points` of another pipe as `split_spec`, or with those loaded from a file, they are there. The model itself
+    is not changed; the stages share its parameters. A model on the meta device is cut without memory for its weights.
 
     Raises `CutError` where a cut cannot be made and `CaptureError` where the forward does not run on the example.
 
@@ -249,38 +262,57 @@ def pipeline(
     [['0', '1'], ['2', '3']]
     """
     example = bind(module, tuple(mb_args), dict(mb_kwargs or {}))
-    if stages is not None and split_spec:
+    if stages is not None and split_spec is not None and len(split_spec):
         raise CutError("both split_spec and stages were given", why="each says where to cut", remedy="pass one of them")
-    marks = _marks(module, split_spec or {}) if stages is None else balanced(module, example, stages)
-    return Pipe(module, example, marks)
+    if stages is not None:
+        return balanced(module, example, stages, lambda points: Pipe(module, example, points.marks()))
+    return Pipe(module, example, _marks(module, {} if split_spec is None else split_spec))
 
 
-def _marks(module: nn.Module, split_spec: Mapping[str, SplitPoint]) -> dict[str, list[Mark]]:
+def _marks(module: nn.Module, split_spec: Mapping[str, SplitPoint] | CutPoints) -> Marks:
+    whole = split_spec.marks() if isinstance(split_spec, CutPoints) else Marks(_at(split_spec))
     modules = dict(module.named_modules(remove_duplicate=False))
     canonical = {id(m): name for name, m in module.named_modules()}
-    marks: dict[str, list[Mark]] = {}
-    for name, point in split_spec.items():
+    at: dict[str, list[Mark]] = {}
+    for name, marks in whole.at.items():
         if not name or name not in modules:
             raise CutError(
                 f"there is no module {name!r}",
                 why="a split spec names submodules by their FQN" + nearest(name, modules),
                 remedy="see model.named_modules() for the names",
             )
+        at.setdefault(canonical[id(modules[name])], []).extend(marks)
+    return Marks(at, whole.splits)
+
+
+def _at(split_spec: Mapping[str, SplitPoint]) -> dict[str, list[Mark]]:
+    for name, point in split_spec.items():
         if not isinstance(point, SplitPoint):
             raise CutError(
                 f"{point!r} is no place to cut at {name!r}", remedy="use SplitPoint.BEGINNING or SplitPoint.END"
             )
-        marks.setdefault(canonical[id(modules[name])], []).append(Mark(point))
-    return marks
+    return {name: [Mark(point)] for name, point in split_spec.items()}
 
 
 def _refuse_unmet(module: nn.Module, marks: Marks, recording: Recording) -> None:
-    for name in marks:
-        if name in recording.called:
+    for number in sorted(marks.splits or ()):
+        if PipeSplit(number) not in recording.points:
+            raise CutError(f"there is no pipe_split() {number}", remedy="remove this cut; the numbers count from 0")
+    for name, found in marks.at.items():
+        calls = recording.called.get(name, 0)
+        if calls and (late := [mark.call for mark in found if mark.call is not None and mark.call >= calls]):
+            raise CutError(
+                f"the module {name!r} has no call {late[0]}",
+                why=f"the forward calls it {calls} times, and calls count from 0",
+                remedy="name an earlier call, or remove this cut",
+            )
+        if calls:
             continue
         children = [f"{name}.{child}" for child, _ in module.get_submodule(name).named_children()]
         inside = [c for c in children if c in recording.called]
-        near = f"; its children are: {', '.join(inside[:4])}" if inside else nearest(name, recording.called - {""})
+        near = (
+            f"; its children are: {', '.join(inside[:4])}" if inside else nearest(name, recording.called.keys() - {""})
+        )
         raise CutError(
             f"the module {name!r} is never called in the forward",
             why="a cut lies before or after a module's call" + near,

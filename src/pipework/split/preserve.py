@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from pipework.errors import CaptureError
+from pipework.split.generators import unmoved
 
 _SIMPLE = (type(None), bool, int, float, str)
 
@@ -22,12 +22,10 @@ def unchanged(module: nn.Module) -> Iterator[None]:
     plain = [v for m in module.modules() for v in m.__dict__.values() if isinstance(v, torch.Tensor)]
     contents = [(t, t.detach().clone()) for t in (*module.buffers(), *plain) if not t.is_meta]
     gpus = {t.device.index for t in (*module.parameters(), *module.buffers()) if t.device.type == "cuda"}
-    python_state = random.getstate()
     try:
-        with torch.random.fork_rng(devices=sorted(gpus)):
+        with torch.random.fork_rng(devices=sorted(gpus)), unmoved():
             yield
     finally:
-        random.setstate(python_state)
         for m, attributes, containers in saved:
             m.__dict__.clear()
             m.__dict__.update(attributes)

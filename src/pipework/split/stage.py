@@ -79,9 +79,9 @@ class Stage(nn.Module):
         """Take in what a part of a cut uses, unless it is here already; gives the names of its constants."""
         names: dict[int, str] = {}
         for name in part.modules:
-            if not self._reaches(name):
+            if not self._reaches(name) or isinstance(self.get_submodule(name), Container):
                 owner, last = self._owner(name)
-                owner.add_module(last, model.get_submodule(name))
+                owner.add_module(last, model.get_submodule(name))  # in place of a container for a part of it
         for index, (origin, name) in part.owned.items():
             if origin is Origin.CONSTANT:
                 names[index] = self._hold_constant(constants[index])

@@ -19,6 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from pipework.errors import CaptureError
+from pipework.split.cost import Cost, Meter
 from pipework.split.torch_private import storage_of, version_of, without_function_mode
 from pipework.split.trees import hidden, leaves, map_leaves
 
@@ -34,9 +35,10 @@ class Ref:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ClosedModule:
-    """The call of a module that stays whole, by its FQN."""
+    """The call of a module that stays whole, by its FQN; `call` counts its calls."""
 
     name: str
+    call: int
 
 
 class Origin(enum.Enum):
@@ -119,7 +121,7 @@ class Entry:
     draw: Draw | None
     modules: tuple[str, ...]  # called inside a custom autograd.Function (a reentrant checkpoint)
     source: str  # file:line of the model's own code
-    cost: float  # operations, counted
+    cost: Cost  # all zero where nobody asked
 
     def reads(self) -> list[int]:
         """The values that the call is given."""
@@ -175,9 +177,11 @@ def user_line() -> str:
 class Tape(TorchFunctionMode):
     """Records the calls made while it is active; closed calls are made through `close`."""
 
-    def __init__(self, known: Mapping[int, tuple[Origin, str]], device_types: Iterable[str]) -> None:
+    def __init__(
+        self, known: Mapping[int, tuple[Origin, str]], device_types: Iterable[str], meter: Meter | None = None
+    ) -> None:
         super().__init__()
-        self.known = known
+        self.known, self.meter = known, meter
         self.device_types = tuple(device_types)
         self.entries: list[Entry] = []
         self.values: list[Value] = []
@@ -185,7 +189,6 @@ class Tape(TorchFunctionMode):
         self.silent = 0  # depth of closed modules: their calls are theirs
         self.where = Draw("", 0, 0)  # the stream of the open module whose forward is running
         self.drew = False
-        self.cost = 0.0
         self.shaped_by_values = False  # an operation ran whose result's shape depends on values (nonzero, ...)
         self.within: list[str] = []
         self.born: set[int] = set()  # storages made during the run, by open and closed code alike
@@ -248,6 +251,10 @@ class Tape(TorchFunctionMode):
     def _note(self, value: Value) -> None:
         value.states.append(State(self.stage, value.tensor.requires_grad, value.tensor.grad_fn))
 
+    def _cost(self) -> Cost:
+        """What ran since it was last asked."""
+        return self.meter.read() if self.meter else Cost()
+
     def refs(self, tree: Any) -> Any:
         """The tree with every tensor as its `Ref`."""
         return map_leaves(lambda leaf: Ref(self.number(leaf)) if isinstance(leaf, torch.Tensor) else leaf, tree)
@@ -260,11 +267,13 @@ class Tape(TorchFunctionMode):
             return func(*args, **kwargs)
         return self.record(func, lambda: func(*args, **kwargs), args, kwargs)
 
-    def close(self, name: str, call: Callable[[], Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def close(
+        self, target: ClosedModule, call: Callable[[], Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         """Call a closed module: one entry, whatever happens inside."""
 
         def silently() -> Any:
-            self._refuse_carriers(name, args, kwargs)
+            self._refuse_carriers(target.name, args, kwargs)
             self.silent += 1
             try:
                 # A module that hands back what it was given (dropout in eval mode) gives a new value all the same,
@@ -272,9 +281,9 @@ class Tape(TorchFunctionMode):
                 return map_leaves(lambda x: x.view_as(x) if self._is_seen(x) else x, call())
             finally:
                 self.silent -= 1
-                self._refuse_carriers(name, args, kwargs)
+                self._refuse_carriers(target.name, args, kwargs)
 
-        return self.record_unseen(ClosedModule(name), silently, args, kwargs)
+        return self.record_unseen(target, silently, args, kwargs)
 
     def record_unseen(
         self, target: Any, call: Callable[[], Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -291,7 +300,8 @@ class Tape(TorchFunctionMode):
         given = {id(t): t for t in leaves((args, dict(kwargs))) if isinstance(t, torch.Tensor)}
         before = {key: version_of(t) for key, t in given.items()}
         surroundings = Surroundings.now(self.device_types)
-        self.drew, self.cost, self.shaped_by_values, self.within = False, 0.0, False, []
+        self.drew, self.shaped_by_values, self.within = False, False, []
+        self._cost()
         out = call()
         closed = isinstance(target, ClosedModule)
         plain = "" if closed else getattr(target, "__name__", "")
@@ -324,7 +334,7 @@ class Tape(TorchFunctionMode):
             draw=draw,
             modules=tuple(dict.fromkeys(self.within)),
             source=user_line(),
-            cost=self.cost,
+            cost=self._cost(),
         )
         self.entries.append(entry)
         return out

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch._C import DisableTorchFunction as WithoutFunctionModes
 from torch._C import _current_graph_task_id as graph_task
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import _pop_mode_temporarily as without_function_mode
@@ -94,6 +95,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "WithoutFunctionModes",
     "arguments_of",
     "buffers_of",
     "children_of",

@@ -1,0 +1,146 @@
+"""Microbatches that take different paths through the trunk, because their inputs or a counter say so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pipework
+from pipework.errors import MismatchError
+from pipework.plan import FAMILIES
+from pipework.verify import Report
+from tests.gloo import GlooPool
+
+MICROBATCHES = 4
+
+
+class Masked(nn.Module):
+    """Drops a mask that masks nothing, as transformers do: then it crosses no cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        weights = None if mask.all() else mask.to(x.dtype).unsqueeze(-1)
+        for number, layer in enumerate(self.layers):
+            if number:
+                pipework.pipe_split()
+            x = torch.relu(layer(x)) if weights is None else torch.relu(layer(x * weights)) + x
+        return x
+
+
+class Counting(nn.Module):
+    """Does something else in every other call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.first(x)
+        pipework.pipe_split()
+        return self.last(x * 2 if self.calls % 2 else x.tanh())
+
+
+class Reading(nn.Module):
+    """Reads back what a closed module made, which is known only while the step runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        pipework.pipe_split()
+        return self.last(x if x.sum() > 0 else -x)
+
+
+def masks() -> Tensor:
+    mask = torch.ones(8, 3, dtype=torch.bool)
+    mask[2, 1] = mask[7, 0] = False  # in the second and in the last microbatch
+    return mask
+
+
+def report(family: str, ranks: int, group: Any = None) -> Report:
+    torch.manual_seed(0)
+    batch = torch.randn(8, 3, 8)
+    return pipework.verify(
+        Masked(),
+        (batch, masks()),
+        target=torch.randn(8, 3, 8),
+        loss=F.mse_loss,
+        schedule=family,
+        ranks=ranks,
+        microbatches=MICROBATCHES,
+        group=group,
+    )
+
+
+def cases() -> list[tuple[str, int]]:
+    several = ("interleaved_one_f_one_b", "looped_bfs")
+    return [(name, 2 if name in several else 4) for name in FAMILIES if name != "forward_only"]
+
+
+@pytest.mark.parametrize(("family", "ranks"), cases())
+def test_a_mask_in_some_microbatches_only(family: str, ranks: int) -> None:
+    found = report(family, ranks)
+    assert found.equal, found.text()
+
+
+def over_gloo(group: Any, rank: int, family: str) -> str:
+    found = report(family, group.size(), group)
+    return "" if found.equal else found.text()
+
+
+@pytest.mark.parametrize(("family", "ranks"), cases())
+def test_a_mask_in_some_microbatches_only_on_processes(gloo_pool: GlooPool, family: str, ranks: int) -> None:
+    assert gloo_pool.run(over_gloo, family, ranks=ranks) == [""] * ranks
+
+
+def runner_for(model: nn.Module, *example: Tensor) -> pipework.Runner:
+    pipe = pipework.pipeline(model, example)
+    schedule = pipework.schedules.one_f_one_b(pipe.layout(ranks=pipe.num_stages), MICROBATCHES)
+    return pipework.Runner(pipe, schedule, loss=F.mse_loss)
+
+
+def test_a_path_met_before_is_not_captured_again() -> None:
+    model = Masked()
+    runner = runner_for(model, torch.ones(2, 3, 8), torch.ones(2, 3, dtype=torch.bool))
+    batch, target = torch.randn(8, 3, 8), torch.zeros(8, 3, 8)
+    for _ in range(3):
+        runner.step(batch, masks(), target=target)
+        runner.step(batch, torch.ones(8, 3, dtype=torch.bool), target=target)
+    variants = [runner.pipe.variant(runner.pipe.bind((torch.ones(2, 3, 8), m), {})) for m in masks().chunk(4)]
+    assert [v is variants[0] for v in variants] == [True, False, True, False]
+    assert variants[1] is variants[3]
+
+
+def test_local_pipe_takes_the_path_of_its_inputs() -> None:
+    model = Masked()
+    pipe = pipework.pipeline(model, (torch.ones(2, 3, 8), torch.ones(2, 3, dtype=torch.bool)))
+    x = torch.randn(8, 3, 8)
+    assert torch.equal(pipe(x, masks())[0], model(x, masks()))
+
+
+def test_a_counter_decides_by_microbatch() -> None:
+    found = pipework.verify(
+        Counting(), (torch.randn(8, 8),), target=torch.randn(8, 8), loss=F.mse_loss, microbatches=MICROBATCHES
+    )
+    assert found.equal, found.text()
+
+
+def test_a_value_that_only_the_step_can_know_is_refused_where_it_is_read() -> None:
+    torch.manual_seed(0)
+    model = Reading()
+    batch = torch.randn(8, 8)
+    positive = batch if model.first(batch[:2]).sum() > 0 else -batch
+    runner = runner_for(model, positive[:2])
+    with pytest.raises(MismatchError, match="the model took another path: __bool__ is"):
+        runner.step(-20 * positive, target=torch.zeros(8, 8))
