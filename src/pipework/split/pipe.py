@@ -74,7 +74,7 @@ class Pipe(nn.Module):
         self._marks, self._example, self._opened = marks, example, frozenset[str]()
         self._trunk: tuple[nn.Module, ...] = ()  # the open modules
         self.names = canonical_names(model)
-        self._tables = tuple(parameters_of(m) for m in model.modules())
+        self._tables = tuple(table for m in model.modules() if (table := parameters_of(m)))
         self._variants: dict[tuple[Any, ...], list[Variant]] = {}
         self._stages = nn.ModuleList()
         self.cut_points = CutPoints()

@@ -1,0 +1,29 @@
+"""Every benchmark, one after another; the tables and all times are left in `benchmarks/results/`.
+
+python -m benchmarks [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from benchmarks import host, imports, stage_code, step
+from benchmarks.sizes import BY_NAME
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only see that everything runs; writes nothing")
+    if parser.parse_args().quick:
+        print(imports.benchmark(repeats=1).markdown())
+        print(stage_code.benchmark(BY_NAME["tiny"], repeats=3).markdown())
+        print(host.benchmark(repeats=1, seconds=0.1).markdown())
+        print(step.benchmark([BY_NAME["minimal"], BY_NAME["tiny"]], repeats=1, seconds=0.1).markdown())
+        return
+    for benchmark in (imports, stage_code, host, step):
+        print(f"--- {benchmark.__name__}", flush=True)
+        benchmark.benchmark().write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""What the host pays for each action beside the work itself.
+
+That is the processor time of a step, on a model whose layers cost next to nothing, less that of the same stage called
+by hand, microbatch by microbatch.
+
+    python -m benchmarks.host [--repeats 7] [--seconds 0.5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import handwritten
+from benchmarks.results import Result, alternated
+from benchmarks.sizes import BY_NAME, Size, loss
+from benchmarks.step import HAND_WRITTEN, OURS, SCHEDULES, Contender, hand_written, ours
+from tests.gloo import GlooPool
+
+CLAIM = (
+    "Microseconds of processor time for one action (one microbatch's forward or backward of one stage), median over "
+    "alternating repeats, 1F1B. By hand: the stage called and gone back through without a pipeline."
+)
+BY_HAND = "by hand"
+
+
+def by_hand(size: Size, rank: int) -> Contender:
+    """The stage of this rank without any pipeline: what a step cannot cost less than."""
+    module = handwritten.stage(size.model(), rank)
+    x, target = size.batch()
+    parts = list(zip(x.chunk(size.microbatches), target.chunk(size.microbatches), strict=True))
+    crossing = torch.randn(size.sequences, size.context, size.width)
+
+    def step() -> None:
+        for tokens, aim in parts:
+            if rank == 0:
+                torch.autograd.backward(module(tokens), crossing)
+            else:
+                received = crossing.clone().requires_grad_()
+                (loss(module(received), aim) / size.microbatches).backward()
+
+    return Contender(dict(module.named_parameters()), step)
+
+
+def on_processes(group: dist.ProcessGroup, rank: int, name: str, repeats: int, seconds: float) -> dict[str, Any]:
+    size = BY_NAME[name]
+    plan_ours, plan_peer = SCHEDULES["1F1B"]
+    contenders = {
+        BY_HAND: by_hand(size, rank),
+        OURS: ours(size, plan_ours, group),
+        HAND_WRITTEN: hand_written(size, plan_peer, group),
+    }
+    return _measured(contenders, repeats, seconds, time.thread_time, partial(dist.barrier, group))
+
+
+def on_threads(name: str, repeats: int, seconds: float) -> dict[str, Any]:
+    size = BY_NAME[name]
+    contenders = {BY_HAND: _both(size), OURS: ours(size, SCHEDULES["1F1B"][0], None)}
+    return _measured(contenders, repeats, seconds, time.process_time, lambda: None)
+
+
+def _both(size: Size) -> Contender:
+    first, last = by_hand(size, 0), by_hand(size, 1)
+    return Contender(first.parameters | last.parameters, lambda: (first.step(), last.step()))
+
+
+def _measured(
+    contenders: dict[str, Contender],
+    repeats: int,
+    seconds: float,
+    clock: Callable[[], float],
+    together: Callable[[], object],
+) -> dict[str, Any]:
+    """Processor seconds of one step for each contender, by repeat."""
+    steps = max(3, round(seconds / 0.02))
+
+    def timed(contender: Contender) -> float:
+        contender.once()
+        together()
+        begin = clock()
+        for _ in range(steps):
+            contender.once()
+        return (clock() - begin) / steps
+
+    return alternated({name: partial(timed, c) for name, c in contenders.items()}, repeats, say=lambda line: None)
+
+
+def benchmark(size: Size = BY_NAME["minimal"], repeats: int = 7, seconds: float = 0.5) -> Result:
+    torch.set_num_threads(1)
+    pool = GlooPool(ranks=2)
+    try:
+        ranks = pool.run(on_processes, size.name, repeats, seconds, limit=3600.0)
+    finally:
+        pool.close()
+    threads = on_threads(size.name, repeats, seconds)
+    per_rank, rows = 2 * size.microbatches, []
+    cases = [(f"process {rank} of 2", found, per_rank) for rank, found in enumerate(ranks)]
+    for where, found, actions in [*cases, ("2 threads", threads, 2 * per_rank)]:
+        micro = {name: statistics.median(times) / actions * 1e6 for name, times in found.items()}
+        beside = {name: f"{value:.0f} (+{value - micro[BY_HAND]:.0f})" for name, value in micro.items()}
+        rows.append([where, f"{micro[BY_HAND]:.0f}", beside[OURS], beside.get(HAND_WRITTEN, "-")])
+    columns = ["ranks", BY_HAND, "pipework", "torch.distributed.pipelining"]
+    data = {"model": str(size), "repeats": repeats, "processor seconds": {where: found for where, found, _ in cases}}
+    data["processor seconds"]["2 threads"] = threads
+    return Result("host", CLAIM, columns, rows, data)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of one repeat")
+    given = parser.parse_args()
+    benchmark(repeats=given.repeats, seconds=given.seconds).write()
+
+
+if __name__ == "__main__":
+    main()
