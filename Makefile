@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test zoo lint bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed  ## a small GPT trains as a pipeline on two processes
@@ -10,6 +10,9 @@ demo: .venv/installed  ## a small GPT trains as a pipeline on two processes
 
 test: lint  ## every check there is
 	$(BIN)/python -m pytest
+
+zoo: .venv/installed  ## the models of the transformers library; goes on where it was stopped; writes docs/coverage.md
+	$(BIN)/python -m tests.zoo
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 KINDS = (  # auto-mapping -> what we call it; an architecture's main class is of the first kind that it has
+    ("SEQ_TO_SEQ_CAUSAL_LM", "encoder-decoder"),
+    ("SPEECH_SEQ_2_SEQ", "speech to text"),
+    ("MASKED_LM", "masked LM"),
     ("CAUSAL_LM", "causal LM"),
     ("IMAGE_TEXT_TO_TEXT", "multimodal"),
     ("MULTIMODAL_LM", "multimodal"),
-    ("MASKED_LM", "masked LM"),
-    ("SEQ_TO_SEQ_CAUSAL_LM", "encoder-decoder"),
-    ("SPEECH_SEQ_2_SEQ", "speech to text"),
     ("CTC", "audio"),
     ("OBJECT_DETECTION", "detection"),
     ("ZERO_SHOT_OBJECT_DETECTION", "detection"),
@@ -22,8 +22,8 @@ KINDS = (  # auto-mapping -> what we call it; an architecture's main class is of
     ("MASK_GENERATION", "segmentation"),
     ("DEPTH_ESTIMATION", "depth"),
     ("VIDEO_CLASSIFICATION", "video"),
-    ("IMAGE_CLASSIFICATION", "vision"),
     ("ZERO_SHOT_IMAGE_CLASSIFICATION", "image and text"),
+    ("IMAGE_CLASSIFICATION", "vision"),
     ("AUDIO_CLASSIFICATION", "audio"),
     ("VISUAL_QUESTION_ANSWERING", "image and text"),
     ("TEXT_TO_SPECTROGRAM", "speech"),
