@@ -76,6 +76,7 @@ class Pipe(nn.Module):
         self.names = canonical_names(model)
         self._tables = tuple(table for m in model.modules() if (table := parameters_of(m)))
         self._variants: dict[tuple[Any, ...], list[Variant]] = {}
+        self._standing: dict[tuple[Any, ...], Variant] = {}  # for a stage called by itself, by the state of the trunk
         self._stages = nn.ModuleList()
         self.cut_points = CutPoints()
         """Where the model is cut, whatever made the cuts: print it, save it, or pass it on as a `split_spec`."""
@@ -170,7 +171,9 @@ class Pipe(nn.Module):
         return found
 
     def _frozen(self) -> tuple[bool, ...]:
-        """Which parameters are trained; those that are not let gradients end elsewhere."""
+        """Which parameters are trained, where anything is; those that are not let gradients end elsewhere."""
+        if not torch.is_grad_enabled():
+            return ()
         return tuple([p.requires_grad for table in self._tables for p in table.values() if p is not None])
 
     def _trunk_state(self) -> tuple[Any, ...]:
@@ -180,6 +183,7 @@ class Pipe(nn.Module):
     def forget(self) -> None:
         """Capture anew at the next call, since the model's tensors have other dtypes or devices than before."""
         self._variants.clear()
+        self._standing.clear()
 
     def ran(self, variant: Variant) -> None:
         """Give the model's plain attributes (a counter, a flag) the values that one forward leaves in them."""
@@ -233,7 +237,10 @@ class Pipe(nn.Module):
         )
 
     def _chosen(self, index: int) -> tuple[Code, str]:
-        variant = self.variant(self._example)
+        state = Surroundings.now(), self._trunk_state()
+        variant = self._standing.get(state)
+        if variant is None:
+            variant = self._standing[state] = self.variant(self._example)
         return variant.codes[index], variant.sources[index]
 
     def __repr__(self) -> str:
