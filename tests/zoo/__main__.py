@@ -62,7 +62,7 @@ def main() -> None:
     known = _known(options.results)
     results = [Result(**known[e.name]) for e in entries if e.name in known]
     versions = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
-    options.coverage.write_text(written(results, versions))
+    options.coverage.write_text(written(results, versions, len(entries)))
     print(table(results))
     print(summary(results))
 

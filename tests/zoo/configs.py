@@ -187,6 +187,7 @@ def _make_consistent(shrunk: dict[str, Any], fields: Mapping[str, Any], level: i
         half = int(head * (rope.get("partial_rotary_factor") or 1)) // 2
         shrunk["rope_parameters"] = {**rope, "mrope_section": [half - half // 3 * 2, half // 3, half // 3]}
     size, patch = fields.get("image_size"), fields.get("patch_size")
+    patch = patch[0] if isinstance(patch, list | tuple) else patch
     if level == 0 and isinstance(patch, int) and patch > 1:
         small = patch * max(2, 64 // patch)
         if isinstance(size, int) and size > 64:

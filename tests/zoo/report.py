@@ -20,6 +20,11 @@ are compared with the uncut model run microbatch by microbatch. Equal means equa
 """
 
 
+_UNFINISHED = (
+    "The catalogue has {classes} classes; the others were not tried yet. `make zoo` goes on where it was stopped.\n"
+)
+
+
 def table(results: Sequence[Result]) -> str:
     """Numbers of classes by kind."""
     head = ("kind", "classes", "run by themselves", "right as a pipe", "trained right")
@@ -46,8 +51,8 @@ def _counted(results: Sequence[Result]) -> tuple[int, int, int, int]:
     return len(results), len(run), sum(r.pipe == "right" for r in run), sum(r.passes for r in run)
 
 
-def written(results: Sequence[Result], versions: str) -> str:
-    """The page on coverage."""
+def written(results: Sequence[Result], versions: str, classes: int) -> str:
+    """The page on coverage; `classes` are those of the catalogue, tried or not."""
     run = [r for r in results if r.runs]
     elsewhere = [r for r in run if r.passes and r.reason]
     failing = [r for r in run if not r.passes]
@@ -55,6 +60,7 @@ def written(results: Sequence[Result], versions: str) -> str:
     parts = [
         _INTRODUCTION.format(versions=versions),
         f"**{summary(results)}.**\n",
+        *([_UNFINISHED.format(classes=classes)] if len(results) < classes else []),
         table(results) + "\n",
         "## What does not pass\n",
         *(f"- `{r.name}`: {_verdict(r)}: {_clean(r.reason)}" for r in failing),
