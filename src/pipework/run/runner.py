@@ -92,7 +92,6 @@ class Runner:
         self._plans: dict[tuple[tuple[int, ...], bool], Plan] = {}
         self._pool: ThreadPoolExecutor | None = None
         self.steps = 0
-        self._spans: list[Span] | None = None
         self._recorded: tuple[Schedule, list[Span]] | None = None
         self._outputs: Any = None
         self.seed = self.exchange(torch.initial_seed())[0]
