@@ -119,17 +119,17 @@ def is_legal(schedule: Schedule) -> bool:
 
 @st.composite
 def trainings(draw: st.DrawFn, stages: int, edges: frozenset[tuple[int, int]], microbatches: int) -> Schedule:
-    """A legal schedule of forwards and full backwards for stages with these edges, placed anyhow on 1 to 4 ranks."""
+    """A legal schedule for stages with these edges, placed anyhow on 1 to 4 ranks, some of its backwards split."""
     ranks = draw(st.integers(1, min(4, stages)))
     rank_of = draw(st.permutations([*range(ranks), *(draw(st.integers(0, ranks - 1)) for _ in range(stages - ranks))]))
     layout = Layout(tuple(rank_of), edges)
     random = Random(draw(st.integers(0, 2**32)))
-    eager = random.choice((0.0, 0.5, 1.0))
+    eager, splitting = random.choice((0.0, 0.5, 1.0)), random.choice((0.0, 0.5, 1.0))
     left = [
         Action(stage, kind, microbatch)
         for stage in range(stages)
-        for kind in (F, B)
         for microbatch in range(microbatches)
+        for kind in (F, *((I, W) if random.random() < splitting else (B,)))
     ]
     orders: list[list[Action]] = [[] for _ in range(ranks)]
     done: set[Action] = set()

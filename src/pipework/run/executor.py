@@ -17,6 +17,7 @@ from typing import Any, final
 import torch
 
 from pipework.plan import Action, Compute, Instruction, Kind, Layout, Program, Receive, Span, Transfer
+from pipework.run.backward import Later, SplitBackward
 from pipework.run.tied import TiedStage, spread
 from pipework.run.transport import Arrival, Transport, Wait
 from pipework.split.cut import Edge, Wire
@@ -61,11 +62,40 @@ class Kept:
     gradients: dict[int, torch.Tensor]  # of what was taken, by position, as the backward left them
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Backwards:
+    """How one stage goes back: on which microbatches in two halves, and whether these come in two orders."""
+
+    split: frozenset[int]
+    reorders: bool
+
+    @classmethod
+    def of(cls, stage: int, program: Program) -> Backwards:
+        """Read off what the program does with the stage."""
+        done = [i.action for i in program.instructions if isinstance(i, Compute) and i.action.stage == stage]
+        first = [a.microbatch for a in done if a.kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT)]
+        last = [a.microbatch for a in done if a.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)]
+        return cls(frozenset(a.microbatch for a in done if a.kind is Kind.WEIGHT_GRADIENT), first != last)
+
+
 class StageRun:
     """A stage at work on this rank."""
 
-    def __init__(self, variant: Variant, index: int, stage: Stage, device: torch.device, trains: bool) -> None:
+    def __init__(
+        self,
+        variant: Variant,
+        index: int,
+        stage: Stage,
+        device: torch.device,
+        trains: bool,
+        backwards: Backwards,
+    ) -> None:
         self.tied = TiedStage(index, stage, variant.ties if trains else ())
+        self.halves: dict[int, SplitBackward] = {}  # of the microbatches whose backward is split
+        if backwards.split:
+            own = self.tied.own_parameters() if backwards.reorders else ()
+            halves = SplitBackward(self.tied.stage, index, self.tied.leaves.values(), own)
+            self.halves = dict.fromkeys(backwards.split, halves)
         self.index, self.stage, self.code = index, self.tied.stage, variant.codes[index]
         self.device, self.trains = device, trains
         self.part = part = variant.cut.parts[index]
@@ -99,8 +129,12 @@ class StageRun:
                 for position in end.back_values:
                     # Not read from `.grad`, which takes on the layout of the value: kernels choose by layout.
                     taken[position].requires_grad_().register_hook(partial(gradients.__setitem__, position))
-        out = self.code(self.stage, *taken)
+        halves = self.halves.get(microbatch)
+        with halves.at_work() if halves else _NOTHING:
+            out = self.code(self.stage, *taken)
         loss = feed.finish(microbatch, [out[i] for i in self.results]) if self.is_last else None
+        if halves:
+            halves.look_at(out if loss is None else (*out, loss))
         return Kept(taken, out, loss, gradients)
 
     def backward(self, kept: Kept, gradients: Sequence[Sequence[torch.Tensor]]) -> None:
@@ -119,6 +153,12 @@ class StageRun:
             seeds.append(None)
         if roots:
             torch.autograd.backward(roots, seeds)
+
+    def input_gradient(self, microbatch: int, kept: Kept, gradients: Sequence[Sequence[torch.Tensor]]) -> Later:
+        """Go back as `backward` does, but leave the gradients of weights for later."""
+        halves = self.halves[microbatch]
+        with halves.at_work():  # a checkpoint's second forward must be like its first
+            return halves.input_gradient(partial(self.backward, kept, gradients))
 
     def returned(self, end: _End, kept: Kept) -> list[torch.Tensor]:
         """The gradients that go back over an incoming edge, after the backward."""
@@ -155,7 +195,7 @@ class Executor:
         own = next((p for stage in stages.values() for p in (*stage.parameters(), *stage.buffers())), None)
         self.devices = {index: stage.device_beside(own) for index, stage in stages.items()}
         made = {
-            (index, variant): StageRun(variant, index, stage, self.devices[index], trains)
+            (index, variant): StageRun(variant, index, stage, self.devices[index], trains, Backwards.of(index, program))
             for index, stage in stages.items()
             for variant in dict.fromkeys(variants)
         }
@@ -190,8 +230,7 @@ class Executor:
     def _bound(self, instruction: Instruction) -> Bound:
         if isinstance(instruction, Compute):
             action = instruction.action
-            do = _Step.forward if action.kind is Kind.FORWARD else _Step.backward
-            return do, (action, self._run_of[action.stage, action.microbatch])
+            return _DO[action.kind], (action, self._run_of[action.stage, action.microbatch])
         do = _Step.receive if isinstance(instruction, Receive) else _Step.send
         return do, self._route(instruction.transfer)
 
@@ -236,6 +275,7 @@ class _Step:
     def __init__(self, executor: Executor, feed: Feed) -> None:
         self.executor, self.feed = executor, feed
         self.kept: dict[Action, Kept] = {}
+        self.later: dict[Action, Later] = {}
         self.arrivals: dict[tuple[int, int, int], Arrival] = {}
         self.ready: dict[tuple[int, int, int], Sequence[torch.Tensor]] = {}  # made here, for here or to be sent
         self.sending: dict[int, deque[Wait]] = {}  # by channel
@@ -259,7 +299,7 @@ class _Step:
 
     def abandon(self) -> None:
         """Let go of all transfers under way, which keep connections open as long as they are there."""
-        for left in (self.kept, self.arrivals, self.ready, self.sending):
+        for left in (self.kept, self.later, self.arrivals, self.ready, self.sending):
             left.clear()
 
     def forward(self, work: tuple[Action, StageRun]) -> None:
@@ -280,11 +320,21 @@ class _Step:
         gradients = [self.arrived(end.edge.target, action) for end in run.outgoing if end.back]
         begin = time.perf_counter()
         with self.drawing(run, action):
-            run.backward(kept, gradients)
+            if action.kind is Kind.BACKWARD:
+                run.backward(kept, gradients)
+            else:
+                later = run.input_gradient(action.microbatch, kept, gradients)
+                self.later[Action(action.stage, Kind.WEIGHT_GRADIENT, action.microbatch)] = later
         self.record(action, begin)
         for end in run.incoming:
             if end.back:
                 self.ready[run.index, end.edge.source, action.microbatch] = run.returned(end, kept)
+
+    def weight_gradient(self, work: tuple[Action, StageRun]) -> None:
+        action, run = work
+        begin = time.perf_counter()
+        run.halves[action.microbatch].weight_gradient(self.later.pop(action))
+        self.record(action, begin)
 
     def arrived(self, source: int, action: Action) -> Sequence[torch.Tensor]:
         """What another stage made for this action."""
@@ -302,6 +352,12 @@ class _Step:
 
 
 _NOTHING = contextlib.nullcontext()
+_DO: dict[Kind, Callable[[_Step, Any], None]] = {
+    Kind.FORWARD: _Step.forward,
+    Kind.BACKWARD: _Step.backward,
+    Kind.INPUT_GRADIENT: _Step.backward,
+    Kind.WEIGHT_GRADIENT: _Step.weight_gradient,
+}
 
 
 def _returned(wire: Wire) -> Wire:

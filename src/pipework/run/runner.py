@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import nn
 
-from pipework.errors import InputError, PipeworkError, ScheduleError, TransportError
+from pipework.errors import InputError, PipeworkError, TransportError
 from pipework.plan import Costs, Schedule, Span, Timeline, check
 from pipework.run.checkpoint import load
 from pipework.run.executor import Executor, Feed
@@ -112,13 +112,6 @@ class Runner:
                 remedy="make the layout for as many ranks as the group has",
             )
         check(schedule)
-        split = next((a for order in schedule.orders for a in order if schedule.splits(a.stage, a.microbatch)), None)
-        if split is not None:
-            raise ScheduleError(
-                f"{schedule.name} splits the backward of stage {split.stage} on microbatch {split.microbatch}",
-                why="stages go backward in one piece so far",
-                remedy="run a schedule of forwards (F) and full backwards (B); others can be drawn and simulated",
-            )
 
     # ------------------------------------------------------------------ steps
 

@@ -56,6 +56,11 @@ class TiedStage:
             original = self._original.get_parameter(self._tied[name])
             self.leaves[name].data = original.data
 
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The parameters whose gradients stay with this stage: all but the twins."""
+        twins = [self.leaves[name] for name in self._twinned]
+        return [p for p in self.stage.parameters() if all(p is not twin for twin in twins)]
+
     def take_gradient(self, name: str) -> torch.Tensor:
         """What the last backward added for a twin, which has none afterwards."""
         leaf = self.leaves[name]

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch._C import DisableTorchFunction as WithoutFunctionModes
+from torch._C import _are_functorch_transforms_active as functorch_active
 from torch._C import _current_graph_task_id as graph_task
+from torch._C import _will_engine_execute_node
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import _pop_mode_temporarily as without_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,6 +80,24 @@ def has_backward_hooks(module: torch.nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
+def goes_on_to(node: Any) -> bool:
+    """Whether the backward under way goes on to the node of a leaf; False in `torch.autograd.grad`, which gives it."""
+    try:
+        return _will_engine_execute_node(node)
+    except RuntimeError:
+        return False
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether the module was given to `torch.compile`, or compiled in place."""
+    return module._compiled_call_impl is not None or type(module).__module__ == "torch._dynamo.eval_frame"
+
+
+def has_gradient_hooks(parameter: torch.nn.Parameter) -> bool:
+    """Whether anything asks to see the parameter's gradient before or after it is added to `.grad`."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
 def arguments_of(operation: torch._ops.OpOverload) -> list[str]:
     """The names of an operation's arguments."""
     return [argument.name for argument in operation._schema.arguments]
@@ -99,9 +119,13 @@ __all__ = [
     "arguments_of",
     "buffers_of",
     "children_of",
+    "functorch_active",
     "functorch_vmap",
+    "goes_on_to",
     "has_backward_hooks",
+    "has_gradient_hooks",
     "in_backward",
+    "is_compiled",
     "is_persistent",
     "parameters_of",
     "shallow_copy",

@@ -1,0 +1,320 @@
+"""A backward in two halves: the input gradient, for which other stages wait, and the gradients of weights, later.
+
+While a stage does a microbatch whose backward is split, its `Linear`, `Conv` and `Embedding` modules call their
+operation through one autograd function. In the input gradient (I) that function computes the gradient of its input
+alone and puts its two operands aside; the weight gradient (W) is the rest, one product per call:
+
+    F      y  = x wᵀ + b          as ever
+    I      dx = dy w              and (dy, x) is put aside
+    W      dw = dyᵀ x, db = Σ dy  added to w.grad and b.grad
+
+Every other parameter gets its gradient with I, and so does a weight that anything else uses too (a loss, a function, a
+second forward in a checkpoint): its gradients must be added up in autograd's own order. The first forward tells, by
+its graph. Where I's would be added to `.grad` in another order of microbatches than W's, they are held back until W.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from pipework.split.torch_private import functorch_active, goes_on_to, has_gradient_hooks, is_compiled, parameters_of
+
+Mask = tuple[bool, bool, bool]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What the modules of some classes compute, and how it goes back; `back` gives what the mask asks for.
+
+    `fits` tells whether `back` makes the very calls that autograd makes for this input, so that no bit differs.
+    """
+
+    classes: tuple[type[nn.Module], ...]
+    fits: Callable[[Any, Tensor], bool]
+    forward: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
+    back: Callable[[Any, Tensor, Tensor, Tensor, Mask], Gradients]  # (module, gradient, input, weight, mask)
+
+
+def _linear_fits(module: nn.Linear, x: Tensor) -> bool:
+    # With one row strides do not tell rows from columns, and autograd's choice of product goes by strides.
+    return x.dim() >= 2 and x.is_contiguous() and module.weight.is_contiguous() and x.numel() > module.in_features
+
+
+def _linear(module: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(x, weight, bias)
+
+
+def _linear_back(module: nn.Linear, gradient: Tensor, x: Tensor, weight: Tensor, mask: Mask) -> Gradients:
+    flat = gradient.reshape(-1, module.out_features)
+    return (
+        flat.mm(weight).view(x.shape) if mask[0] else None,
+        flat.t().mm(x.view(-1, module.in_features)) if mask[1] else None,
+        flat.sum(0) if mask[2] else None,
+    )
+
+
+def _conv_fits(module: Any, x: Tensor) -> bool:
+    batched = x.dim() == module.weight.dim()
+    return batched and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _conv(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return module._conv_forward(x, weight, bias)
+
+
+def _conv_back(module: Any, gradient: Tensor, x: Tensor, weight: Tensor, mask: Mask) -> Gradients:
+    sizes = None if module.bias is None else [module.out_channels]
+    none = [0] * len(module.stride)
+    return torch.ops.aten.convolution_backward(
+        gradient, x, weight, sizes, module.stride, module.padding, module.dilation, False, none, module.groups, mask
+    )
+
+
+def _embedding_fits(module: nn.Embedding, x: Tensor) -> bool:
+    return module.max_norm is None and not module.sparse
+
+
+def _embedding(module: nn.Embedding, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.embedding(x, weight, module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
+
+
+def _embedding_back(module: nn.Embedding, gradient: Tensor, x: Tensor, weight: Tensor, mask: Mask) -> Gradients:
+    padding = -1 if module.padding_idx is None else module.padding_idx
+    rows = weight.shape[0]
+    back = torch.ops.aten.embedding_dense_backward
+    return None, back(gradient, x, rows, padding, module.scale_grad_by_freq) if mask[1] else None, None
+
+
+OPERATIONS = (
+    Operation((nn.Linear,), _linear_fits, _linear, _linear_back),
+    Operation((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv_fits, _conv, _conv_back),
+    Operation((nn.Embedding,), _embedding_fits, _embedding, _embedding_back),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PutAside:
+    """One call of a module whose weight gradient is still to be made."""
+
+    call: _Call
+    gradient: Tensor
+    input: Tensor
+
+
+@final
+class Later:
+    """What the weight gradient of one microbatch has left to do."""
+
+    def __init__(self) -> None:
+        self.calls: list[PutAside] = []
+        self.held_back: list[tuple[nn.Parameter, Tensor]] = []
+
+
+@final
+class SplitBackward:
+    """One stage's backwards in two halves.
+
+    `tied` are the parameters that other stages use too, which must have their gradient with I. Those in `held_back`
+    get theirs with W even so, because some microbatches' I and W come in different orders.
+    """
+
+    def __init__(
+        self, stage: nn.Module, index: int, tied: Collection[Tensor] = (), held_back: Sequence[nn.Parameter] = ()
+    ) -> None:
+        self._held_back = held_back
+        self._modules = set(stage.modules())
+        self._calls = [
+            _Call(self, module, operation)
+            for module in _outside_compiled(stage, index)
+            for operation in OPERATIONS
+            if _can_wait(module, operation, tied)
+        ]
+        self.alone: set[nn.Module] | None = None  # modules whose parameters nobody else uses; unknown until seen
+        self.later: Later | None = None  # while an input gradient is being made
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """The modules call their operation through this for as long as the block lasts: in F and in I."""
+        for call in self._calls:
+            call.module.__dict__["forward"] = call
+        try:
+            yield
+        finally:
+            for call in self._calls:
+                del call.module.__dict__["forward"]
+
+    def look_at(self, outputs: Sequence[Tensor]) -> None:
+        """Find out from the graph of the first forward who uses the parameters of each module."""
+        if self.alone is not None:
+            return
+        called: set[nn.Module] = set()
+        used_otherwise: set[int] = set()
+        seen = set(nodes := [x.grad_fn for x in outputs if x.grad_fn is not None])
+        while nodes:
+            node = nodes.pop()
+            call = node.call if isinstance(node, _BACKWARD) else None
+            if call is not None:
+                called.add(call.module)
+            for after, _ in node.next_functions:
+                if call is None and hasattr(after, "variable"):
+                    used_otherwise.add(id(after.variable))
+                if after is not None and after not in seen:
+                    seen.add(after)
+                    nodes.append(after)
+        # A module that was not seen at all may still come in a checkpoint's second forward.
+        unseen = {id(p) for module in self._modules - called for p in _own(module)}
+        self.alone = {m for m in called if not any(id(p) in used_otherwise or id(p) in unseen for p in _own(m))}
+
+    def input_gradient(self, back: Callable[[], None]) -> Later:
+        """Go back by calling `back`, and give what it leaves to do."""
+        later = self.later = Later()
+        before = [parameter.grad for parameter in self._held_back]
+        for parameter in self._held_back:
+            parameter.grad = None
+        try:
+            back()
+        finally:
+            self.later = None
+            for parameter, gradient in zip(self._held_back, before, strict=True):
+                if parameter.grad is not None:
+                    later.held_back.append((parameter, parameter.grad))
+                parameter.grad = gradient
+        return later
+
+    def weight_gradient(self, later: Later) -> None:
+        """Do what an input gradient left to do."""
+        sums: dict[nn.Parameter, Tensor] = dict(later.held_back)
+        with torch.no_grad():
+            for aside in later.calls:
+                for parameter, gradient in aside.call.weight_gradients(aside.gradient, aside.input):
+                    earlier = sums.get(parameter)
+                    sums[parameter] = gradient if earlier is None else earlier + gradient
+        later.calls.clear()
+        for parameter, gradient in sums.items():
+            _accumulate(parameter, gradient)
+
+
+@final
+class _Call:
+    """Stands in for the `forward` of one module."""
+
+    def __init__(self, split: SplitBackward, module: nn.Module, operation: Operation) -> None:
+        self.split, self.module, self.operation = split, module, operation
+        self._native = partial(type(module).forward, module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        if len(args) != 1 or kwargs or not self._can_wait(x := args[0]):
+            return self._native(*args, **kwargs)
+        own = parameters_of(module)
+        return _TwoHalves.apply(x, own["weight"], own.get("bias"), self)
+
+    def _can_wait(self, x: Any) -> bool:
+        return (
+            type(x) is Tensor
+            and torch.is_grad_enabled()
+            and bool(self.module.weight.requires_grad)
+            and all(_is_plain(p) for p in _own(self.module))
+            and self.operation.fits(self.module, x)
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.compiler.is_compiling()
+            and not functorch_active()
+        )
+
+    def weight_gradients(self, gradient: Tensor, x: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        own = parameters_of(self.module)
+        weight, bias = own["weight"], own.get("bias")
+        assert weight is not None, "only modules with a weight are called through this"
+        mask = False, weight.requires_grad, bias is not None and bias.requires_grad
+        _, *made = self.operation.back(self.module, gradient, x, weight, mask)
+        for parameter, found in zip((weight, bias), made, strict=True):
+            if parameter is not None and found is not None:
+                yield parameter, found
+
+
+class _TwoHalves(torch.autograd.Function):
+    """The operation of a module; its backward leaves out the weight when an input gradient is being made."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.call = call
+        return call.operation.forward(call.module, x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (gradient,) = gradients
+        x, weight = ctx.saved_tensors
+        call, mask = ctx.call, ctx.needs_input_grad[:3]
+        later = call.split.later
+        # Not in somebody's own torch.autograd.grad, which wants no weight's gradient, or wants one to go on from.
+        if (
+            later is not None
+            and call.module in (call.split.alone or ())
+            and not torch.is_grad_enabled()
+            and goes_on_to(ctx.next_functions[_WEIGHT][0])
+        ):
+            later.calls.append(PutAside(call, gradient, x.detach()))  # or it would keep the graph behind it
+            mask = mask[0], False, False
+        return *call.operation.back(call.module, gradient, x, weight, mask), None
+
+
+_WEIGHT = 1  # its place among the function's tensors
+_BACKWARD: type = _TwoHalves._backward_cls  # type: ignore[attr-defined]
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in parameters_of(module).values() if p is not None]
+
+
+def _can_wait(module: nn.Module, operation: Operation, tied: Collection[Tensor]) -> bool:
+    """Whether the module does nothing but the operation, on parameters of its own."""
+    return (
+        type(module).forward in [known.forward for known in operation.classes]
+        and isinstance(module, operation.classes)
+        and "forward" not in module.__dict__
+        and parameters_of(module).get("weight") is not None
+        and not any(p is other for p in _own(module) for other in tied)
+    )
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether the gradient is for `.grad` alone, and nothing asks to see it on its way."""
+    return type(parameter) is nn.Parameter and not has_gradient_hooks(parameter)
+
+
+def _outside_compiled(stage: nn.Module, index: int) -> Iterator[nn.Module]:
+    """The stage's modules, each once, without those that are compiled, which have one backward for all."""
+    inside: set[nn.Module] = set()
+    for name, module in stage.named_modules():
+        if module in inside:
+            continue
+        if is_compiled(module):
+            inside.update(module.modules())
+            warnings.warn(
+                f"stage {index}: the block {name!r} is compiled and goes back in one piece: its weight gradients are "
+                "made with its input gradient (I), and W has nothing left to do for it",
+                stacklevel=2,
+            )
+            continue
+        yield module
+
+
+def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add to `.grad` as autograd does."""
+    if parameter.grad is not None:
+        parameter.grad.add_(gradient)
+    elif gradient.stride() == parameter.stride():
+        parameter.grad = gradient
+    else:
+        torch.autograd.backward([parameter], [gradient])

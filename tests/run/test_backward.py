@@ -1,0 +1,389 @@
+"""A backward in two halves gives what it gives in one, to the last bit, whatever the model does with its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+import pipework
+from pipework import Action, Kind, Runner, Schedule
+from pipework.run.backward import SplitBackward
+from tests.models import WIDTH, numbers
+from tests.run.pipes import equal, gradients, piped
+from tests.split.equality import before
+
+
+def halves_of(module: nn.Module, x: Tensor, seed: Tensor) -> tuple[Tensor | None, int]:
+    """The input's gradient, and how many calls were left for the second half; the parameters get theirs."""
+    split = SplitBackward(module, 0)
+    with split.at_work():
+        out = module(x)
+    split.look_at([out])
+    with split.at_work():
+        later = split.input_gradient(lambda: torch.autograd.backward([out], [seed]))
+    left = len(later.calls)
+    split.weight_gradient(later)
+    return x.grad, left
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
+    """A module whose weight gradient can wait, and an input of any layout for it."""
+    dtype = draw(st.sampled_from((torch.float32, torch.float64, torch.bfloat16)))
+    bias, count = draw(st.booleans()), st.integers(1, 5)
+    wide, out, batch = draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.integers(1, 4))
+    match draw(st.sampled_from(("linear", "conv", "embedding"))):
+        case "linear":
+            x = torch.randn(*draw(st.lists(count, max_size=2)), batch, wide, dtype=dtype)
+            module: nn.Module = nn.Linear(wide, out, bias, dtype=dtype)
+        case "conv":
+            groups = draw(st.integers(1, 2))
+            dims = draw(st.integers(1, 3))
+            kernel, stride, dilation = (draw(st.integers(1, 2)) for _ in range(3))
+            kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+            padding = draw(st.integers(0, 1))
+            mode = draw(st.sampled_from(("zeros", "circular")))
+            module = kind(
+                groups * wide, groups * out, kernel, stride, padding, dilation, groups, bias, mode, dtype=dtype
+            )
+            x = torch.randn(batch, groups * wide, *[draw(st.integers(3, 5))] * dims, dtype=dtype)
+            if dims == 2 and draw(st.booleans()):
+                x = x.to(memory_format=torch.channels_last)
+        case _:
+            padding_index = draw(st.none() | st.integers(0, wide - 1))
+            module = nn.Embedding(wide, out, padding_index, scale_grad_by_freq=draw(st.booleans()), dtype=dtype)
+            return module, torch.randint(wide, (batch, draw(count)))
+    if draw(st.booleans()):
+        x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    module.weight.requires_grad_(draw(st.booleans()) or bias)
+    return module, x.detach().requires_grad_(draw(st.booleans()) or not module.weight.requires_grad)
+
+
+@settings(max_examples=300)
+@given(call=calls(), twice=st.booleans())
+def test_every_call_gives_the_bits_of_autograd(call: tuple[nn.Module, Tensor], twice: bool) -> None:
+    module, x = call
+    reference, twin = copy.deepcopy(module), x.detach().clone(memory_format=torch.preserve_format)
+    twin.requires_grad_(x.requires_grad)
+    for _ in range(1 + twice):
+        wanted = reference(twin)
+        seed = torch.randn_like(wanted)
+        wanted.backward(seed)
+        halves_of(module, x, seed)
+    assert (x.grad is None) == (twin.grad is None)
+    assert x.grad is None or torch.equal(x.grad, twin.grad)
+    assert x.grad is None or x.grad.stride() == twin.grad.stride()
+    assert equal(gradients(module), gradients(reference))
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (nn.Linear(4, 3), torch.randn(2, 5, 4)),
+        (nn.Conv2d(2, 3, 3, padding=1), torch.randn(2, 2, 5, 5)),
+        (nn.Embedding(7, 3), torch.arange(6)),
+    ],
+    ids=["linear", "conv", "embedding"],
+)
+def test_the_weight_waits(module: nn.Module, x: Tensor) -> None:
+    _, left = halves_of(module, x, torch.ones_like(module(x)))
+    assert left == 1
+
+
+# ---------------------------------------------------------------- whole models
+
+Forward = Callable[[Any, Tensor], Tensor]
+
+
+class Block(nn.Module):
+    """A block whose forward is given; it has two layers, a norm and a table."""
+
+    def __init__(self, forward: Forward) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm, self.table = nn.LayerNorm(WIDTH), nn.Embedding(WIDTH, WIDTH)
+        self.does = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.does(self, x)
+
+
+def _plain(self: Any, x: Tensor) -> Tensor:
+    return x + self.b(F.gelu(self.a(self.norm(x))))
+
+
+def _table(self: Any, x: Tensor) -> Tensor:
+    return self.b(x + self.table(torch.arange(len(x)) % WIDTH)) + self.a(x)
+
+
+def _called_twice(self: Any, x: Tensor) -> Tensor:
+    return self.a(self.b(self.a(x)).tanh()) + x
+
+
+def _called_thrice(self: Any, x: Tensor) -> Tensor:
+    return self.a(self.a(self.a(x).tanh()).tanh()) + self.b(x)
+
+
+def _by_function_too(self: Any, x: Tensor) -> Tensor:
+    """The weight's three gradients must be added up in autograd's own order."""
+    return F.linear(self.a(self.a(x).sin()), self.a.weight) + self.b(x)
+
+
+def _only_by_function(self: Any, x: Tensor) -> Tensor:
+    return F.linear(x, self.a.weight, self.b.bias) * self.b.weight.mean()
+
+
+def _bias_elsewhere(self: Any, x: Tensor) -> Tensor:
+    return self.a(x) * self.a.bias + self.b(x)
+
+
+def _view_out(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x)).view(2, -1).view(x.shape)
+
+
+def _written_in_place(self: Any, x: Tensor) -> Tensor:
+    return self.b(F.relu(self.a(x), inplace=True)).add_(x)
+
+
+def _reentrant(self: Any, x: Tensor) -> Tensor:
+    return checkpoint(lambda y: _plain(self, y), x, use_reentrant=True)
+
+
+def _checkpointed(self: Any, x: Tensor) -> Tensor:
+    return checkpoint(lambda y: _plain(self, y), x, use_reentrant=False)
+
+
+def _forces(self: Any, x: Tensor) -> Tensor:
+    """A gradient in the forward, gone back through later: it wants no weight's gradient, and then the weight's."""
+    with torch.enable_grad():
+        (force,) = torch.autograd.grad(self.a(x).tanh().sum(), x, create_graph=True)
+    return self.b(x) + force
+
+
+def _forces_in_checkpoint(self: Any, x: Tensor) -> Tensor:
+    return checkpoint(lambda y: _forces(self, y), x, use_reentrant=True)
+
+
+def _penalty(self: Any, x: Tensor) -> Tensor:
+    """The gradient of a weight in the forward, twice."""
+    (slope,) = torch.autograd.grad(self.a(x).tanh().sum(), self.a.weight, create_graph=True)
+    return self.b(x) + slope.mean()
+
+
+def _no_grad(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        shift = self.a(x)
+    return self.b(x) + shift
+
+
+def _mapped(self: Any, x: Tensor) -> Tensor:
+    return torch.vmap(self.a)(x) + self.b(x)
+
+
+def _autocast(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return x + self.b(F.gelu(self.a(x)))
+
+
+def _by_keyword(self: Any, x: Tensor) -> Tensor:
+    return self.a(input=x) + self.b(x)
+
+
+FORWARDS = [
+    _plain,
+    _table,
+    _called_twice,
+    _called_thrice,
+    _by_function_too,
+    _only_by_function,
+    _bias_elsewhere,
+    _view_out,
+    _written_in_place,
+    _reentrant,
+    _checkpointed,
+    _forces,
+    _forces_in_checkpoint,
+    _penalty,
+    _no_grad,
+    _mapped,
+    _autocast,
+    _by_keyword,
+]
+
+
+def split_up(pipe: pipework.Pipe, microbatches: int, turned: bool = False) -> Schedule:
+    """1F1B with every backward split, W two actions after I, or all W at the end and the last microbatch first."""
+    schedule = pipework.schedules.one_f_one_b(pipe.layout(pipe.num_stages), microbatches)
+    orders = []
+    for order in schedule.orders:
+        done: list[Action] = []
+        waiting: list[Action] = []
+        for action in order:
+            if action.kind is not Kind.BACKWARD:
+                done.append(action)
+                continue
+            done.append(replace(action, kind=Kind.INPUT_GRADIENT))
+            waiting.append(replace(action, kind=Kind.WEIGHT_GRADIENT))
+            if len(waiting) > 2 and not turned:
+                done.append(waiting.pop(0))
+        orders.append((*done, *(reversed(waiting) if turned else waiting)))
+    return replace(schedule, name="split", orders=tuple(orders))
+
+
+def model_of(forward: Forward, blocks: int = 3) -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(Block(_plain), *[Block(forward) for _ in range(blocks - 1)])
+
+
+def assert_equal(model: nn.Module, microbatches: int = 4, turned: bool = False, **also: Any) -> None:
+    x = numbers(2 * microbatches, WIDTH)
+    pipe = piped(copy.deepcopy(model), "1", "2")
+    report = pipework.verify(
+        model,
+        (x,),
+        target=numbers(2 * microbatches, WIDTH, seed=5),
+        loss=F.mse_loss,
+        schedule=split_up(pipe, microbatches, turned),
+        split_spec=before("1", "2"),
+        microbatches=microbatches,
+        **also,
+    )
+    assert report.equal, report.text()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("forward", FORWARDS, ids=lambda forward: forward.__name__)
+def test_whatever_a_block_does_with_its_weights(forward: Forward, turned: bool) -> None:
+    assert_equal(model_of(forward), turned=turned)
+
+
+def _hooked(model: nn.Module) -> None:
+    """Hooks on modules, which change what passes, and on a weight, which see its whole gradient."""
+    block = model[1]
+    block.a.register_full_backward_hook(lambda module, gi, go: tuple(g * 0.5 for g in gi))
+    block.b.register_forward_hook(lambda module, args, out: out * 2)
+    block.b.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    block.a.weight.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+
+
+def _frozen(model: nn.Module) -> None:
+    model[0].a.weight.requires_grad_(False)
+    model[1].a.bias.requires_grad_(False)
+    model[1].b.requires_grad_(False)
+    model[2].requires_grad_(False)
+
+
+def _tied(model: nn.Module) -> None:
+    """Within a stage, across stages, and both at once."""
+    model[1].b.weight = model[1].a.weight
+    model[2].table.weight = model[2].a.weight
+    model[2].b.weight = model[0].a.weight
+
+
+def _normed(model: nn.Module) -> None:
+    parametrizations.weight_norm(model[1].a)
+
+
+def _untrained_block(model: nn.Module) -> None:
+    del model[1].table
+
+
+CHANGES = [_hooked, _frozen, _tied, _normed, _untrained_block]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("forward", [_plain, _table, _called_twice], ids=lambda forward: forward.__name__)
+def test_whatever_is_done_to_a_model(forward: Forward, change: Callable[[nn.Module], None], turned: bool) -> None:
+    if change is _untrained_block and forward is _table:
+        forward = _by_keyword
+    model = model_of(forward)
+    change(model)
+    assert_equal(model, turned=turned)
+
+
+def test_a_weight_that_the_loss_uses_too() -> None:
+    model = model_of(_plain, 2)
+
+    def loss(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda out, target: F.mse_loss(out, target) + module[1].a.weight.pow(2).sum() + module[1].b(out).mean()
+
+    x, target = numbers(8, WIDTH), numbers(8, WIDTH, seed=5)
+    reference = copy.deepcopy(model)
+    pipe = piped(model, "1")
+    Runner(pipe, split_up(pipe, 4), loss=loss(model)).step(x, target=target)
+    for rows, aim in zip(x.chunk(4), target.chunk(4), strict=True):
+        (loss(reference)(reference(rows), aim) / 4).backward()
+    assert equal(gradients(model), gradients(reference))
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_a_compiled_block_goes_back_in_one_piece_and_says_so() -> None:
+    model = model_of(_plain)
+    model[1] = torch.compile(model[1], backend="aot_eager")
+    with pytest.warns(UserWarning, match=r"stage 1: the block '1' is compiled"):
+        assert_equal(model)
+
+
+def test_the_model_is_as_it_was_after_a_step_and_after_a_failure() -> None:
+    def once(self: Any, x: Tensor) -> Tensor:
+        if (x > 50).any():
+            raise ValueError("too large")
+        return _plain(self, x)
+
+    model = model_of(once)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    x = numbers(8, WIDTH)
+    pipe = piped(model, "1", "2")
+    runner = Runner(pipe, split_up(pipe, 4), loss=F.mse_loss)
+    runner.step(x, target=x)
+    with pytest.raises(ValueError, match="too large"):
+        runner.step(x + 100, target=x)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    runner.step(x, target=x)
+
+
+def test_what_only_the_input_gradient_needs_is_gone_before_the_weight_gradient() -> None:
+    """Of a block with a norm and a GELU between two layers, W keeps the operands of the layers and nothing else."""
+    alive: set[int] = set()
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.kept = _Counted(alive)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient
+
+    block = Block(lambda self, x: self.b(Watched.apply(self.a(x))))
+    split = SplitBackward(block, 0)
+    with split.at_work():
+        out = block(numbers(4, WIDTH))
+    split.look_at([out])
+    assert len(alive) == 1
+    later = split.input_gradient(lambda: out.sum().backward())
+    del out
+    assert not alive
+    assert [tuple(aside.input.shape) for aside in later.calls] == [(4, WIDTH)] * 2
+
+
+class _Counted:
+    def __init__(self, alive: set[int]) -> None:
+        self.alive = alive
+        alive.add(id(self))
+
+    def __del__(self) -> None:
+        self.alive.discard(id(self))
