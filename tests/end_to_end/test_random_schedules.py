@@ -78,6 +78,18 @@ def test_any_legal_schedule(name: str, data: st.DataObject, microbatches: int) -
     assert sorted(str(s.action) for s in timeline.spans) == sorted(str(a) for order in schedule.orders for a in order)
 
 
+def test_slices_and_replicas_are_refused_before_anything_runs() -> None:
+    pipe = pipe_of("skips")
+    schedule = pipework.schedules.looped_bfs(pipe.layout(1), 2)
+    for other, says in (
+        (replace(schedule, slices=2), "cuts each sequence into 2 slices"),
+        (replace(schedule, microbatches_of=((0, 1),) * STAGES), "shares the microbatches out between replicas"),
+    ):
+        pipework.check(other)
+        with pytest.raises(ScheduleError, match=says):
+            Runner(pipe, other, loss=torch.nn.functional.mse_loss)
+
+
 def test_an_illegal_schedule_is_refused_before_anything_runs() -> None:
     pipe = pipe_of("skips")
     good = pipework.schedules.gpipe(pipe.layout(5), 2)

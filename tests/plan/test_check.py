@@ -15,6 +15,15 @@ def by_hand(*orders: str, microbatches: int = 1) -> Schedule:
     return Schedule("by hand", layout, microbatches, tuple(tuple(map(Action.parse, order.split())) for order in orders))
 
 
+def overlapping(overlapped: str, order: str) -> Schedule:
+    schedule = by_hand(order, microbatches=1 + order.count("F1") + order.count("F2"))
+    return replace(schedule, overlapped=frozenset(map(Action.parse, overlapped.split())))
+
+
+def sharing(*shares: tuple[int, ...]) -> Schedule:
+    return replace(by_hand("0F0 0F1", "1F0 1F1", microbatches=2), microbatches_of=shares)
+
+
 @given(schedules())
 def test_legal_schedules_pass(schedule: Schedule) -> None:
     assert is_legal(schedule)
@@ -58,6 +67,22 @@ def test_a_rank_can_wait_for_itself() -> None:
         (by_hand("0F0", "1F0 1B0"), "incomplete: 0B0 is never done\n  remedy: add it to the order of rank 0"),
         (replace(by_hand("0F0"), orders=()), "orders for 0 ranks, but its layout has 1"),
         (by_hand("", microbatches=0), "has 0 microbatches"),
+        (overlapping("0F1", "0F0 0F1"), "0F1 should overlap with what follows it, but is the last on its rank"),
+        (overlapping("0F0 0F1", "0F0 0F1 0F2"), "0F0 and 0F1 should both overlap .*: only two run at once"),
+        (overlapping("0B0", "0F0 0F1"), "0B0 of by hand should overlap with what follows it, but is never done"),
+        (overlapping("0F0", "0F0 0B0"), "rank 0 waits at 0F0 and 0B0 for 0F0\n    <- rank 0, and the circle is closed"),
+        (replace(by_hand("0F0 0F1 0F2", microbatches=3), slices=2), "3 microbatches, in sequences of 2 slices"),
+        (replace(by_hand("0F1 0F0", microbatches=2), slices=2), "rank 0 waits at 0F1 for 0F0"),
+        (replace(by_hand("0F0 0F1 0B0 0B1", microbatches=2), slices=2), "rank 0 waits at 0B0 for 0B1"),
+        (sharing((0,)), "microbatches for 1 stages, but its layout has 2"),
+        (sharing((0, 1), (1, 0)), "gives stage 1 the microbatches \\(1, 0\\)"),
+        (sharing((0, 1), (0,)), "gives stage 1 other microbatches than stage 0, which feeds it"),
+        (sharing((0,), (0,)), "gives microbatch 1 to no stage"),
+        (
+            replace(sharing((0,), (0,)), slices=2),
+            "gives stage 0 the microbatches \\(0,\\)\n  remedy: give whole sequences",
+        ),
+        (sharing((), ()).with_layout(Layout((0, 1), frozenset())), "gives microbatch 0 to no stage"),
     ],
 )
 def test_what_is_wrong_is_named(schedule: Schedule, says: str) -> None:

@@ -30,6 +30,12 @@ def test_loop_and_vee() -> None:
     assert Layout.loop(1).edges == frozenset()
 
 
+def test_two_replicas_in_opposite_directions() -> None:
+    layout = Layout.bidirectional(3)
+    assert layout.rank_of == Layout.vee(3).rank_of
+    assert layout.edges == Layout.vee(3).edges - {(2, 3)}
+
+
 def test_gradients_come_back_over_all_edges_unless_said_otherwise() -> None:
     edges = frozenset({(0, 1), (0, 2), (1, 2)})
     assert Layout((0, 1, 2), edges) == Layout((0, 1, 2), edges, edges)

@@ -13,9 +13,9 @@ def test_needs_are_what_it_takes_and_no_more(schedule: Schedule) -> None:
         needed = needs(action, schedule)
         assert len(set(needed)) == len(needed)
         assert set(needed) <= everything
-        assert is_ready(action, schedule.layout, set(needed))
+        assert is_ready(action, schedule, set(needed))
         for need in needed:
-            assert not is_ready(action, schedule.layout, set(needed) - {need})
+            assert not is_ready(action, schedule, set(needed) - {need})
 
 
 @given(schedules())

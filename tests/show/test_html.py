@@ -52,6 +52,12 @@ def edges(bar: Element) -> tuple[int, int]:
     return left, left + int(bar.attrib["width"])
 
 
+def sides(bar: Element) -> tuple[int, int]:
+    """Top and bottom in its row, in tenths of a pixel."""
+    top = int(bar.get("y", 0))
+    return top, top + int(bar.attrib["height"])
+
+
 def scale(section: Element, timeline: Timeline) -> float:
     """Tenths of a pixel per second, read from the row that spans the makespan."""
     idle = next(rect for rect in section.iter("rect") if rect.get("class") == "idle")
@@ -82,11 +88,17 @@ def test_every_action_is_drawn_once_where_and_when_it_ran(timeline: Timeline) ->
 def test_bars_of_a_row_do_not_overlap_and_labels_fit_into_theirs(timeline: Timeline) -> None:
     (section,) = sections(page({"one": timeline}))
     for _, bars, labels in rows(section):
-        ends = sorted(map(edges, bars))
-        assert all(right <= left for (_, right), (left, _) in pairwise(ends))
-        owners = {(left + right) // 2: (bar, right - left) for bar in bars for left, right in [edges(bar)]}
+        high = max((sides(bar)[1] for bar in bars), default=0)
+        for lane in (0, high // 2):
+            through = [edges(bar) for bar in bars for top, bottom in [sides(bar)] if top <= lane < bottom]
+            assert all(right <= left for (_, right), (left, _) in pairwise(sorted(through)))
+        owners = {
+            ((left + right) // 2, (top + bottom) // 2): (bar, right - left)
+            for bar in bars
+            for (left, right), (top, bottom) in [(edges(bar), sides(bar))]
+        }
         for label in labels:
-            bar, width = owners[int(label.attrib["x"])]
+            bar, width = owners[int(label.attrib["x"]), high // 2 + int(label.get("y", 0))]
             action = Action.parse(bar.attrib["data-action"])
             assert label.text in (str(action), str(action.microbatch))
             assert 10 * label_width(label.text) <= width

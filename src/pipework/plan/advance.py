@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipework.plan.layout import Layout
 from pipework.plan.program import Compute, Instruction, Receive
 from pipework.plan.prove import play
+from pipework.plan.schedule import Schedule
 
 # An instruction with its place in the global order of all ranks' instructions; both ends of a transfer have one place.
 Placed = tuple[int, Instruction]
 
 
-def advance(programs: Sequence[Sequence[Placed]], layout: Layout, window: int) -> list[list[Instruction]]:
+def advance(programs: Sequence[Sequence[Placed]], schedule: Schedule, window: int) -> list[list[Instruction]]:
     """Each rank's instructions, with receives up to `window` of its actions ahead of their places.
+
+    Two actions that overlap count as one, and nothing goes between them.
 
     No receive overtakes another one, nor any transfer with the same rank. One by one, receives go back towards their
     places where otherwise the programs could not finish with transfers that block both ends.
     """
-    ahead = [_moved(program, layout, window) for program in programs]
+    ahead = [_moved(program, schedule, window) for program in programs]
     instructions = [[instruction for _, instruction in program] for program in ahead]
     for reached in play(instructions):
         # Of all that is left, the first in the global order is held up, by a receive that went past it. So what the
@@ -35,17 +37,17 @@ def advance(programs: Sequence[Sequence[Placed]], layout: Layout, window: int) -
     return instructions
 
 
-def _moved(program: Sequence[Placed], layout: Layout, window: int) -> list[Placed]:
+def _moved(program: Sequence[Placed], schedule: Schedule, window: int) -> list[Placed]:
     moved: list[Placed] = []
     for place, instruction in program:
         position = len(moved)
         if isinstance(instruction, Receive):
-            position = _earliest(moved, layout.rank_of[instruction.transfer.after.stage], layout, window)
+            position = _earliest(moved, schedule.layout.rank_of[instruction.transfer.after.stage], schedule, window)
         moved.insert(position, (place, instruction))
     return moved
 
 
-def _earliest(before: Sequence[Placed], peer: int, layout: Layout, window: int) -> int:
+def _earliest(before: Sequence[Placed], peer: int, schedule: Schedule, window: int) -> int:
     """How far ahead a receive from `peer` may go."""
     earliest, passed = len(before), 0
     for position in range(len(before) - 1, -1, -1):
@@ -53,8 +55,10 @@ def _earliest(before: Sequence[Placed], peer: int, layout: Layout, window: int) 
         if isinstance(instruction, Compute):
             if passed == window:
                 break
-            earliest, passed = position, passed + 1
-        elif isinstance(instruction, Receive) or layout.rank_of[instruction.transfer.to] == peer:
+            _, other = before[position - 1]
+            if not (position and isinstance(other, Compute) and other.action in schedule.overlapped):
+                earliest, passed = position, passed + 1
+        elif isinstance(instruction, Receive) or schedule.layout.rank_of[instruction.transfer.to] == peer:
             break
     return earliest
 

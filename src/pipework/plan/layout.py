@@ -77,6 +77,23 @@ class Layout:
         rank_of = tuple(min(stage, stages - 1 - stage) for stage in range(stages))
         return cls(rank_of, _chain(stages) | frozenset(skips))
 
+    @classmethod
+    def bidirectional(cls, ranks: int) -> Layout:
+        """Two replicas of a model, a stage of each per rank: the first goes down the ranks, the second up.
+
+            rank 0: 0 7    rank 1: 1 6    rank 2: 2 5    rank 3: 3 4
+
+        Stages 0 to ranks - 1 are the first replica, the others the second; no value goes from one to the other. Which
+        microbatches each takes is said by `Schedule.microbatches_of`.
+
+        >>> layout = Layout.bidirectional(2)
+        >>> layout.rank_of, sorted(layout.edges)
+        ((0, 1, 1, 0), [(0, 1), (2, 3)])
+        """
+        _positive(ranks=ranks)
+        down = range(ranks)
+        return cls((*down, *reversed(down)), _chain(ranks) | _chain(ranks, first=ranks))
+
     @property
     def ranks(self) -> int:
         """How many ranks there are."""
@@ -116,8 +133,8 @@ class Layout:
         return self.stages - 1 - stage
 
 
-def _chain(stages: int) -> frozenset[Edge]:
-    return frozenset((stage, stage + 1) for stage in range(stages - 1))
+def _chain(stages: int, first: int = 0) -> frozenset[Edge]:
+    return frozenset((stage, stage + 1) for stage in range(first, first + stages - 1))
 
 
 def _grouped(stages: int, edges: Iterable[Edge]) -> tuple[tuple[int, ...], ...]:

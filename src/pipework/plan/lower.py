@@ -1,7 +1,8 @@
 """From a schedule to one program per rank.
 
 All ranks read one global order, the actions by the time they end in a simulation with unit costs. Each action is
-followed by its transfers there, so both ends of a transfer have the same place in it, and no rank can wait in a circle:
+followed by its transfers there (two that overlap by those of both), so both ends of a transfer have the same place in
+it, and no rank can wait in a circle:
 
     global order   0F0  0F0>1  0F1  1F0  0F1>1 ...
     rank 0         0F0  send 0F0>1     0F1        send 0F1>1    ...
@@ -9,6 +10,8 @@ followed by its transfers there, so both ends of a transfer have the same place 
 """
 
 from __future__ import annotations
+
+from itertools import groupby
 
 from pipework.errors import ScheduleError
 from pipework.plan.advance import Placed, advance
@@ -18,6 +21,7 @@ from pipework.plan.prove import prove
 from pipework.plan.rules import is_local, transfers
 from pipework.plan.schedule import Schedule
 from pipework.plan.simulate import UNIT, simulate
+from pipework.plan.timeline import Span
 
 
 def lower(schedule: Schedule, window: int = 1) -> tuple[Program, ...]:
@@ -42,7 +46,7 @@ def lower(schedule: Schedule, window: int = 1) -> tuple[Program, ...]:
     programs = tuple(Program(rank, tuple(instruction for _, instruction in each)) for rank, each in enumerate(placed))
     prove(programs)
     if window:
-        ahead = advance(placed, schedule.layout, window)
+        ahead = advance(placed, schedule, window)
         programs = tuple(Program(rank, tuple(each)) for rank, each in enumerate(ahead))
         prove(programs)
     return programs
@@ -53,13 +57,20 @@ def _read_off(schedule: Schedule) -> list[list[Placed]]:
     layout = schedule.layout
     placed: list[list[Placed]] = [[] for _ in schedule.orders]
     place = 0
-    # Whatever needs something ends later than it, since no unit cost is 0; among equals the rank decides.
-    for span in sorted(simulate(schedule, UNIT).spans, key=lambda span: (span.end, span.rank)):
-        placed[span.rank].append((place, Compute(span.action)))
-        for transfer in transfers(span.action, schedule):
+
+    def ends(span: Span) -> tuple[float, int]:
+        return span.end, span.rank
+
+    # Whatever needs something ends later than it, since no unit cost is 0; among equals the rank decides. So what ends
+    # together on a rank are two actions that overlap, which a stable sort leaves in their order.
+    for (_, rank), at_once in groupby(sorted(simulate(schedule, UNIT).spans, key=ends), ends):
+        made = [span.action for span in at_once]
+        for action in made:
+            placed[rank].append((place, Compute(action)))
+            place += 1
+        for transfer in (transfer for action in made for transfer in transfers(action, schedule)):
             if not is_local(transfer, layout):
-                place += 1
-                placed[span.rank].append((place, Send(transfer)))
+                placed[rank].append((place, Send(transfer)))
                 placed[layout.rank_of[transfer.to]].append((place, Receive(transfer)))
-        place += 1
+                place += 1
     return placed

@@ -5,6 +5,12 @@
     I   as B
     W   needs its own I
 
+and where sequences are cut into slices, at its own stage
+
+    F   needs the F of the slice before, whose keys and values it reads
+    B   needs the B (or I) of the slice after, which has the gradient of its keys and values
+    I   as B
+
 Checking, simulating, lowering, drawing and the error messages all ask `needs` and `transfers`, and nobody else knows.
 """
 
@@ -45,12 +51,19 @@ def needs(action: Action, schedule: Schedule) -> tuple[Action, ...]:
     [['0F1', '1F1'], ['0F1', '1B1', '2B1']]
     """
     stage, kind, microbatch = action.stage, action.kind, action.microbatch
-    if kind is Kind.FORWARD:
-        return tuple([Action(earlier, kind, microbatch) for earlier in schedule.layout.fed_by(stage)])
     if kind is Kind.WEIGHT_GRADIENT:
         return (Action(stage, Kind.INPUT_GRADIENT, microbatch),)
-    own = Action(stage, Kind.FORWARD, microbatch)
-    return (own, *[_backward(later, microbatch, schedule) for later in schedule.layout.gradient_from(stage)])
+    needed: list[Action] = []
+    if kind is Kind.FORWARD:
+        if microbatch % schedule.slices:
+            needed.append(Action(stage, kind, microbatch - 1))
+        needed += [Action(earlier, kind, microbatch) for earlier in schedule.layout.fed_by(stage)]
+    else:
+        needed.append(Action(stage, Kind.FORWARD, microbatch))
+        if (microbatch + 1) % schedule.slices:
+            needed.append(_backward(stage, microbatch + 1, schedule))
+        needed += [_backward(later, microbatch, schedule) for later in schedule.layout.gradient_from(stage)]
+    return tuple(needed)
 
 
 def transfers(action: Action, schedule: Schedule) -> tuple[Transfer, ...]:

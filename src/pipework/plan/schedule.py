@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import final
@@ -15,6 +16,13 @@ from pipework.plan.layout import Layout
 class Schedule:
     """Every rank's actions in order: `orders[rank]`. A value: it knows nothing of processes, devices or tensors.
 
+    - `overlapped`: actions that run at once with the one that follows them in their rank's order (DualPipe,
+      arXiv:2412.19437): both start when the needs of both are met, and both end after the sum of their durations.
+    - `slices`: into how many causal slices each sequence is cut (Seq1F1B, arXiv:2406.03488). Microbatches count slices:
+      number n is slice n % slices of sequence n // slices.
+    - `microbatches_of[stage]`: which microbatches a stage takes, ascending; None if every stage takes all. Replicas of
+      a model share them out (Chimera, arXiv:2107.06925; see `Layout.bidirectional`).
+
     Nothing is judged here; `check` tells whether a schedule is complete and can finish.
 
     >>> order = tuple(map(Action.parse, ("0F0", "0F1", "0B0", "0I1", "0W1")))
@@ -27,6 +35,9 @@ class Schedule:
     layout: Layout
     microbatches: int
     orders: tuple[tuple[Action, ...], ...]
+    overlapped: frozenset[Action] = frozenset()
+    slices: int = 1
+    microbatches_of: tuple[tuple[int, ...], ...] | None = None
     _split: frozenset[tuple[int, int]] = field(init=False, repr=False, compare=False)
     _trains: bool = field(init=False, repr=False, compare=False)
 
@@ -50,6 +61,10 @@ class Schedule:
         """Whether this backward is split into an input gradient (I) and a weight gradient (W)."""
         return (stage, microbatch) in self._split
 
+    def taken_by(self, stage: int) -> Sequence[int]:
+        """The microbatches that a stage takes, ascending."""
+        return range(self.microbatches) if self.microbatches_of is None else self.microbatches_of[stage]
+
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits over everything in the schedule, the same in every process and on every machine.
@@ -63,6 +78,9 @@ class Schedule:
             " ".join(map(str, layout.rank_of)),
             " ".join(f"{u}>{v}" for u in range(layout.stages) for v in layout.feeds(u)),
             " ".join(f"{u}<{v}" for u in range(layout.stages) for v in layout.gradient_from(u)),
+            str(self.slices),
+            "all" if self.microbatches_of is None else repr(self.microbatches_of),
+            " ".join(sorted(map(str, self.overlapped))),
             *(" ".join(map(str, order)) for order in self.orders),
         )
         # Each part is preceded by its length, so that no two schedules can join to the same text.

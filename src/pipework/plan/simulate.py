@@ -15,6 +15,8 @@ UNIT = Costs()
 def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
     """When each action runs if it starts as soon as its rank is free and all it needs has arrived.
 
+    Two actions that overlap start together once both may, and end together after the sum of their durations.
+
     Transfers take `costs.transfer`, never wait for each other and never hold up a rank. Times count from the first
     start, in `costs.unit`. Takes time in proportion to the number of actions.
 
@@ -32,10 +34,13 @@ def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
     free = [0.0] * len(schedule.orders)
     ends: dict[Action, float] = {}
     spans: list[Span] = []
-    for rank, action, needed in walk(schedule):
+    for rank, at_once, needed in walk(schedule):
         start = free[rank]
-        for need in needed:
-            start = max(start, ends[need] + costs.delay(need.stage, action.stage, layout))
-        free[rank] = ends[action] = start + costs.duration(action)
-        spans.append(Span(rank, action, start, free[rank]))
+        for action, each in zip(at_once, needed, strict=True):
+            for need in each:
+                start = max(start, ends[need] + costs.delay(need.stage, action.stage, layout))
+        free[rank] = start + sum(map(costs.duration, at_once))
+        for action in at_once:
+            ends[action] = free[rank]
+            spans.append(Span(rank, action, start, free[rank]))
     return Timeline(schedule, tuple(spans), costs)

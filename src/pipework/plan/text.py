@@ -19,7 +19,7 @@ def grid(timeline: Timeline, width: int | None = None) -> str:
 
     An action is drawn as `4F12` where a rank holds several stages and there is room, else as `F12`, else as the number
     of its microbatch (forwards only), else as its letter; `-` goes on with it and `.` is idle time. An action too short
-    for a column is not drawn.
+    for a column is not drawn. Two that ran at once share their columns, half and half.
 
     >>> from pipework.plan import Layout, looped_bfs, simulate
     >>> print(grid(simulate(looped_bfs(Layout.loop(2, per_rank=2), microbatches=2))))
@@ -40,9 +40,12 @@ def grid(timeline: Timeline, width: int | None = None) -> str:
     rows: list[str] = []
     for rank, label in enumerate(labels):
         row = ["."] * columns
-        for span in timeline.rank(rank):
-            start, end = (round((moment - begin) * scale) for moment in (span.start, span.end))
-            row[start:end] = _cell(span.action, end - start, several, digits)
+        for spans in timeline.at_once(rank):
+            start, end = (round((moment - begin) * scale) for moment in (spans[0].start, spans[0].end))
+            for index, span in enumerate(spans, start=1):
+                share = start + (end - start) // (len(spans) - index + 1)
+                row[start:share] = _cell(span.action, share - start, several, digits)
+                start = share
         rows.append((label + "".join(row)).rstrip())
     return "\n".join([*rows, *wrap(summary(timeline), max(width, 20), subsequent_indent="  ")])
 
@@ -62,7 +65,9 @@ def _scale(timeline: Timeline, columns: int, wanted: int) -> float:
     If all times are multiples of the shortest action, each such unit gets equally many columns. An even picture
     is no wider than the labels need: `wanted` columns for the shortest action.
     """
-    unit = min((span.end - span.start for span in timeline.spans if span.end > span.start), default=0.0)
+    rows = map(timeline.at_once, range(timeline.schedule.layout.ranks))
+    lengths = ((spans[0].end - spans[0].start) / len(spans) for row in rows for spans in row)
+    unit = min(filter(None, lengths), default=0.0)
     if not unit:
         return 0.0
     begin = timeline.start

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import pairwise
 from typing import final
 
 from pipework.plan.action import Action
@@ -49,13 +48,27 @@ class Timeline:
 
     def __post_init__(self) -> None:
         by_rank: list[list[Span]] = [[] for _ in range(self.schedule.layout.ranks)]
-        for span in sorted(self.spans, key=lambda span: (span.start, span.end)):
+        place = {action: place for order in self.schedule.orders for place, action in enumerate(order)}
+        for span in sorted(self.spans, key=lambda span: (span.start, span.end, place[span.action])):
             by_rank[span.rank].append(span)
         object.__setattr__(self, "_by_rank", tuple(map(tuple, by_rank)))
 
     def rank(self, rank: int) -> tuple[Span, ...]:
         """The spans of one rank, in order."""
         return self._by_rank[rank]
+
+    def at_once(self, rank: int) -> Iterator[tuple[Span, ...]]:
+        """The spans of one rank, in order, two that ran at once together."""
+        spans = iter(self._by_rank[rank])
+        span = next(spans, None)
+        while span is not None:
+            following = next(spans, None)
+            if span.action in self.schedule.overlapped and following is not None and following.start == span.start:
+                yield span, following
+                following = next(spans, None)
+            else:
+                yield (span,)
+            span = following
 
     @property
     def unit(self) -> str:
@@ -83,8 +96,9 @@ class Timeline:
 
     @property
     def busy(self) -> float:
-        """The time of compute, all ranks together."""
-        return sum(span.end - span.start for span in self.spans)
+        """The time of compute, all ranks together; while two actions run at once, it counts once."""
+        ranks = range(self.schedule.layout.ranks)
+        return sum(spans[0].end - spans[0].start for rank in ranks for spans in self.at_once(rank))
 
     @property
     def bubble(self) -> float:
@@ -105,10 +119,10 @@ class Timeline:
         An activation lives from the start of its forward to the end of its (weight gradient or full) backward.
         """
         alive = most = 0.0
-        for span in self._by_rank[rank]:
-            alive += self.costs.held(span.action)
+        for spans in self.at_once(rank):
+            alive += sum(self.costs.held(span.action) for span in spans)
             most = max(most, alive)
-            alive -= self.costs.released(span.action)
+            alive -= sum(self.costs.released(span.action) for span in spans)
         return most
 
     @property
@@ -120,25 +134,43 @@ class Timeline:
         """The chain of spans that made the step take as long as it did, first to last.
 
         Each waited for the one before it: the previous action on its rank, or one that it needs (and its transfer).
+        Of two that ran at once, the one that could have started later also stands before the other.
         In a simulation each starts the moment its predecessor lets it; in a recorded timeline the predecessor is the
         one that let it start last.
         """
         if not self.spans:
             return ()
         span_of = {span.action: span for span in self.spans}
-        before = {later.action: earlier for spans in self._by_rank for earlier, later in pairwise(spans)}
-        last = max(self.spans, key=lambda span: span.end)
-        path = [last]
+        before: dict[Action, Span] = {}
+        other: dict[Action, Span] = {}
+        for rank in range(self.schedule.layout.ranks):
+            last: Span | None = None
+            for spans in self.at_once(rank):
+                for span in spans:
+                    if last is not None:
+                        before[span.action] = last
+                if len(spans) == 2:
+                    other[spans[0].action], other[spans[1].action] = spans[1], spans[0]
+                last = spans[-1]
+        path = [max(self.spans, key=lambda span: span.end)]
         while True:
             action = path[-1].action
-            earlier = [span_of[need] for need in needs(action, self.schedule) if need in span_of]
-            if action in before:
-                earlier.insert(0, before[action])  # first, so that among equals the path stays on its rank
-            if not earlier:
+            # The rank's own comes first, so that among equals the path stays on its rank.
+            waits = [(before[action].end, action, before[action])] if action in before else []
+            for one in (action, other[action].action) if action in other else (action,):
+                waits += [
+                    (self._arrives(span_of[need], one), one, span_of[need])
+                    for need in needs(one, self.schedule)
+                    if need in span_of
+                ]
+            if not waits:
                 return tuple(reversed(path))
-            path.append(max(earlier, key=partial(self._lets_start, action)))
+            _, one, earlier = max(waits, key=lambda wait: wait[0])
+            if one != action:
+                path.append(other[action])
+            path.append(earlier)
 
-    def _lets_start(self, action: Action, earlier: Span) -> float:
+    def _arrives(self, earlier: Span, action: Action) -> float:
         """When `earlier` is over and what it made has arrived at `action`'s stage."""
         return earlier.end + self.costs.delay(earlier.action.stage, action.stage, self.schedule.layout)
 

@@ -23,8 +23,10 @@ class Wait:
     on: int | None
 
 
-def walk(schedule: Schedule) -> Iterator[tuple[int, Action, tuple[Action, ...]]]:
+def walk(schedule: Schedule) -> Iterator[tuple[int, tuple[Action, ...], list[tuple[Action, ...]]]]:
     """Every action once, with its rank and what it needs, after all it needs and after the one before it on its rank.
+
+    Two actions that overlap come together, after all that either needs; any other comes alone.
 
     Takes time in proportion to the actions and their needs. Raises ScheduleError, with the blocking chain, at the point
     from which no rank can go on.
@@ -37,24 +39,31 @@ def walk(schedule: Schedule) -> Iterator[tuple[int, Action, tuple[Action, ...]]]
         rank = ready.popleft()
         order = schedule.orders[rank]
         while reached[rank] < len(order):
-            action = order[reached[rank]]
-            needed = needs(action, schedule)
-            missing = next((need for need in needed if need not in done), None)
+            at_once = _at_once(schedule, rank, reached[rank])
+            needed = [needs(action, schedule) for action in at_once]
+            missing = next((need for each in needed for need in each if need not in done), None)
             if missing is not None:
                 waiting.setdefault(missing, []).append(rank)
                 break
-            done.add(action)
-            reached[rank] += 1
-            yield rank, action, needed
-            ready.extend(waiting.pop(action, ()))
+            done.update(at_once)
+            reached[rank] += len(at_once)
+            yield rank, at_once, needed
+            for action in at_once:
+                ready.extend(waiting.pop(action, ()))
     if waiting:
         raise _blocked(schedule, {rank: need for need, ranks in waiting.items() for rank in ranks}, reached)
+
+
+def _at_once(schedule: Schedule, rank: int, position: int) -> tuple[Action, ...]:
+    """The action at this position, and with it the one that it overlaps with."""
+    order = schedule.orders[rank]
+    return order[position : position + (2 if order[position] in schedule.overlapped else 1)]
 
 
 def _blocked(schedule: Schedule, missing: Mapping[int, Action], reached: list[int]) -> ScheduleError:
     coming = {action: rank for rank, order in enumerate(schedule.orders) for action in order[reached[rank] :]}
     waits = {
-        rank: Wait(str(schedule.orders[rank][reached[rank]]), str(need), coming.get(need))
+        rank: Wait(" and ".join(map(str, _at_once(schedule, rank, reached[rank]))), str(need), coming.get(need))
         for rank, need in missing.items()
     }
     return ScheduleError(

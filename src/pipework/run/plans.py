@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from pipework.errors import MismatchError
+from pipework.errors import MismatchError, ScheduleError
 from pipework.plan import Program, Schedule, check, forward_only, lower
 from pipework.run.executor import Executor
 from pipework.run.transport import Transport, together
@@ -49,6 +49,22 @@ def plan(pipe: Pipe, schedule: Schedule, variants: Sequence[Variant], trains: bo
     )
     number = int(hashlib.sha256(f"{fingerprint(variants)} {trains}".encode()).hexdigest()[:15], 16)
     return Plan(schedule, tuple(variants), executors, number)
+
+
+def refuse_unplayable(schedule: Schedule) -> None:
+    """Raise `ScheduleError` for what can be planned, drawn and simulated, but which no stage can do yet."""
+    if schedule.slices > 1:
+        raise ScheduleError(
+            f"{schedule.name} cuts each sequence into {schedule.slices} slices",
+            why="stages do not hand keys and values from slice to slice",
+            remedy="run a schedule with slices=1; others can be drawn and simulated",
+        )
+    if schedule.microbatches_of is not None:
+        raise ScheduleError(
+            f"{schedule.name} shares the microbatches out between replicas of the model",
+            why="a pipe has one of each stage, and every stage takes every microbatch",
+            remedy="run a schedule with microbatches_of=None; others can be drawn and simulated",
+        )
 
 
 def fingerprint(variants: Sequence[Variant]) -> str:

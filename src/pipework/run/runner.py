@@ -19,7 +19,7 @@ from pipework.run.executor import Executor, Feed
 from pipework.run.inputs import Batch, Inputs
 from pipework.run.losses import Losses
 from pipework.run.materialise import Initialize, initialize
-from pipework.run.plans import REFUSED, Plan, agree, fingerprint, plan
+from pipework.run.plans import REFUSED, Plan, agree, fingerprint, plan, refuse_unplayable
 from pipework.run.transport import Threads, Transport, refusing, together
 from pipework.split.draws import DrawKey, streams
 from pipework.split.microbatch import UNSAID, merge
@@ -112,6 +112,7 @@ class Runner:
                 remedy="make the layout for as many ranks as the group has",
             )
         check(schedule)
+        refuse_unplayable(schedule)
 
     # ------------------------------------------------------------------ steps
 

@@ -1,6 +1,7 @@
 """One timeline as an SVG with its ticks, ranks and figures around it.
 
-There is one row per rank, and under the row a curve of the activations that the rank keeps alive:
+There is one row per rank, in which two actions that ran at once lie one above the other, each half as high; and under
+the row a curve of the activations that the rank keeps alive:
 
     rank 0   | 0F0 | 0F1 | 0F2 |           |    0B0    | ...
     peak 3   _______-----===============================-----
@@ -124,47 +125,53 @@ class Chart:
         return (
             f'<g transform="translate(0 {self._top(rank)})">'
             f'<rect class="idle" width="{end}" height="{self._bar * 10}"/>'
-            f'<path class="alive" d="{self._alive(self.timeline.rank(rank), end)}"/></g>'
+            f'<path class="alive" d="{self._alive(rank, end)}"/></g>'
         )
 
     def _row(self, rank: int) -> str:
-        spans = self.timeline.rank(rank)
+        at_once = list(self.timeline.at_once(rank))
+        bars = (self._rectangle(span, *self._lane(spans, span)) for spans in at_once for span in spans)
+        labels = (self._label(span, *self._lane(spans, span)) for spans in at_once for span in spans)
         return (
-            f'<g data-rank="{rank}" transform="translate(0 {self._top(rank)})">'
-            f"{''.join(map(self._rectangle, spans))}"
-            f'<g class="labels" transform="translate(0 {self._bar * 5 + 40})">{"".join(self._labels(spans))}</g></g>'
+            f'<g data-rank="{rank}" transform="translate(0 {self._top(rank)})">{"".join(bars)}'
+            f'<g class="labels" transform="translate(0 {self._bar * 5 + 40})">{"".join(labels)}</g></g>'
         )
 
-    def _rectangle(self, span: Span) -> str:
+    def _lane(self, spans: tuple[Span, ...], span: Span) -> tuple[int, int]:
+        """Where in its row a span begins from above, and how high it is, in tenths of a pixel."""
+        height = self._bar * 10 // len(spans)
+        return spans.index(span) * height, height
+
+    def _rectangle(self, span: Span, y: int, height: int) -> str:
         schedule, action = self.timeline.schedule, span.action
         shade = schedule.layout.held_by(span.rank).index(action.stage)
         x = self._x(span.start)
         needed = " ".join(map(str, needs(action, schedule)))
         return (
-            f'<rect class="{action.kind.value} s{shade}" x="{x}" width="{self._x(span.end) - x}"'
-            f' height="{self._bar * 10}" data-action="{action}"'
+            f'<rect class="{action.kind.value} s{shade}" x="{x}"{_y(y)} width="{self._x(span.end) - x}"'
+            f' height="{height}" data-action="{action}"'
             f' data-time="{span.start - self.start:.9g} {span.end - self.start:.9g}" data-needs="{needed}"/>'
         )
 
-    def _labels(self, spans: tuple[Span, ...]) -> Iterator[str]:
-        """The microbatch in every bar that has room for it; the whole action where a rank holds several stages."""
-        for span in spans:
-            x, end = self._x(span.start), self._x(span.end)
-            several = len(self.timeline.schedule.layout.held_by(span.rank)) > 1
-            for label in (*([str(span.action)] if several else []), str(span.action.microbatch)):
-                if label_width(label) * 10 <= end - x:
-                    yield f'<text x="{(x + end) // 2}">{label}</text>'
-                    break
+    def _label(self, span: Span, y: int, height: int) -> str:
+        """The microbatch in a bar that has room for it; the whole action where a rank holds several stages."""
+        x, end = self._x(span.start), self._x(span.end)
+        several = len(self.timeline.schedule.layout.held_by(span.rank)) > 1
+        for label in (*([str(span.action)] if several else []), str(span.action.microbatch)):
+            if label_width(label) * 10 <= end - x:
+                return f'<text x="{(x + end) // 2}"{_y(y + height // 2 - self._bar * 5)}>{label}</text>'
+        return ""
 
-    def _alive(self, spans: tuple[Span, ...], end: int) -> str:
+    def _alive(self, rank: int, end: int) -> str:
         """A step curve of the activations alive, growing upwards from its base line."""
         base = 10 * (self._bar + _GAP + _MEMORY)
         alive, path = 0.0, f"M0 {base}"
-        for span in spans:
-            for time, change in ((span.start, self.timeline.costs.held), (span.end, self.timeline.costs.released)):
-                before = alive
-                alive += change(span.action) if time is span.start else -change(span.action)
-                if alive != before:
+        costs = self.timeline.costs
+        for spans in self.timeline.at_once(rank):
+            held, released = (sum(change(span.action) for span in spans) for change in (costs.held, costs.released))
+            for time, change in ((spans[0].start, held), (spans[0].end, -released)):
+                if change:
+                    alive += change
                     path += f"H{self._x(time)}V{base - round(10 * _MEMORY * alive / self.memory)}"
         return f"{path}H{end}V{base}Z"
 
@@ -201,6 +208,11 @@ def _round_up(least: float) -> float:
     """The least of ... 0.5, 1, 2, 5, 10, 20, 50 ... that is not below `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least * (1 - 1e-9))
+
+
+def _y(y: int) -> str:
+    """The attribute, unless it is 0 as by default: charts have many bars."""
+    return f' y="{y}"' if y else ""
 
 
 def _percent(share: float) -> str:
