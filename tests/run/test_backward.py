@@ -374,7 +374,7 @@ def test_what_only_the_input_gradient_needs_is_gone_before_the_weight_gradient()
         out = block(numbers(4, WIDTH))
     split.look_at([out])
     assert len(alive) == 1
-    later = split.input_gradient(lambda: out.sum().backward())
+    later = split.input_gradient(out.sum().backward)
     del out
     assert not alive
     assert [tuple(aside.input.shape) for aside in later.calls] == [(4, WIDTH)] * 2

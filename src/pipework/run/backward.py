@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -162,12 +163,12 @@ class SplitBackward:
         seen = set(nodes := [x.grad_fn for x in outputs if x.grad_fn is not None])
         while nodes:
             node = nodes.pop()
-            call = node.call if isinstance(node, _BACKWARD) else None
+            call = getattr(node, "call", None) if isinstance(node, _BACKWARD) else None
             if call is not None:
                 called.add(call.module)
             for after, _ in node.next_functions:
-                if call is None and hasattr(after, "variable"):
-                    used_otherwise.add(id(after.variable))
+                if call is None:
+                    used_otherwise.add(id(getattr(after, "variable", None)))  # of a leaf, else None
                 if after is not None and after not in seen:
                     seen.add(after)
                     nodes.append(after)
@@ -193,15 +194,21 @@ class SplitBackward:
 
     def weight_gradient(self, later: Later) -> None:
         """Do what an input gradient left to do."""
-        sums: dict[nn.Parameter, Tensor] = dict(later.held_back)
+        sums = {id(parameter): (parameter, gradient) for parameter, gradient in later.held_back}
+        last = {id(p): number for number, aside in enumerate(later.calls) for p in _own(aside.call.module)}
+        calls, later.calls = deque(later.calls), []
         with torch.no_grad():
-            for aside in later.calls:
+            for number in range(len(calls)):
+                aside = calls.popleft()
                 for parameter, gradient in aside.call.weight_gradients(aside.gradient, aside.input):
-                    earlier = sums.get(parameter)
-                    sums[parameter] = gradient if earlier is None else earlier + gradient
-        later.calls.clear()
-        for parameter, gradient in sums.items():
-            _accumulate(parameter, gradient)
+                    key = id(parameter)
+                    total = sums.pop(key)[1] + gradient if key in sums else gradient
+                    if last[key] == number:  # at once, so that the next one gets its memory
+                        _accumulate(parameter, total)
+                    else:
+                        sums[key] = parameter, total
+            for parameter, gradient in sums.values():
+                _accumulate(parameter, gradient)
 
 
 @final
@@ -223,23 +230,22 @@ class _Call:
         return (
             type(x) is Tensor
             and torch.is_grad_enabled()
-            and bool(self.module.weight.requires_grad)
-            and all(_is_plain(p) for p in _own(self.module))
+            and _all_plain(parameters_of(self.module))
             and self.operation.fits(self.module, x)
             and not torch.is_autocast_enabled(x.device.type)
             and not torch.compiler.is_compiling()
             and not functorch_active()
         )
 
-    def weight_gradients(self, gradient: Tensor, x: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def weight_gradients(self, gradient: Tensor, x: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
         own = parameters_of(self.module)
         weight, bias = own["weight"], own.get("bias")
         assert weight is not None, "only modules with a weight are called through this"
         mask = False, weight.requires_grad, bias is not None and bias.requires_grad
         _, *made = self.operation.back(self.module, gradient, x, weight, mask)
-        for parameter, found in zip((weight, bias), made, strict=True):
-            if parameter is not None and found is not None:
-                yield parameter, found
+        return [
+            (p, found) for p, found in zip((weight, bias), made, strict=True) if p is not None and found is not None
+        ]
 
 
 class _TwoHalves(torch.autograd.Function):
@@ -288,9 +294,13 @@ def _can_wait(module: nn.Module, operation: Operation, tied: Collection[Tensor])
     )
 
 
-def _is_plain(parameter: nn.Parameter) -> bool:
-    """Whether the gradient is for `.grad` alone, and nothing asks to see it on its way."""
-    return type(parameter) is nn.Parameter and not has_gradient_hooks(parameter)
+def _all_plain(parameters: Mapping[str, nn.Parameter | None]) -> bool:
+    """Whether the weight is trained, and the gradients are for `.grad` alone: nothing asks to see them on their way."""
+    for parameter in parameters.values():
+        if parameter is not None and (type(parameter) is not nn.Parameter or has_gradient_hooks(parameter)):
+            return False
+    weight = parameters["weight"]
+    return weight is not None and weight.requires_grad
 
 
 def _outside_compiled(stage: nn.Module, index: int) -> Iterator[nn.Module]:
