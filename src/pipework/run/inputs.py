@@ -7,7 +7,7 @@ leaves inputs out, ranks tell one another before each step what they have.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -28,6 +28,7 @@ class Batch:
     variants: list[Variant]
     inputs: list[list[torch.Tensor | None]]
     targets: list[Any]
+    shares: list[float] | None  # of the step's loss; empty where there is no target here; None if all count alike
 
 
 class Absent:
@@ -66,9 +67,15 @@ def _refuse_unfinished(arguments: Arguments) -> None:
 class Inputs:
     """Makes batches for one runner."""
 
-    def __init__(self, pipe: Pipe, schedule: Schedule, chunk_spec: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        pipe: Pipe,
+        schedule: Schedule,
+        chunk_spec: Mapping[str, Any],
+        weigh: Callable[[Sequence[Any]], list[float]] | None = None,
+    ) -> None:
         self._pipe, self._microbatches, self._layout = pipe, schedule.microbatches, schedule.layout
-        self._chunk_spec = chunk_spec
+        self._chunk_spec, self.weigh = chunk_spec, weigh
         self._tensor_arguments = {
             name
             for name, value in pipe.example.values.items()
@@ -77,7 +84,13 @@ class Inputs:
         self.everyone_has_all: bool | None = None
 
     def batch(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, ends: Sequence[Transport], first: bool
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        target: Any,
+        ends: Sequence[Transport],
+        first: bool,
+        trains: bool,
     ) -> Batch:
         """The batch of one call; raises `InputError` for what does not fit, before anything is sent.
 
@@ -92,9 +105,18 @@ class Inputs:
             inputs = [[None if t.is_meta else t for t in arguments.with_values(part).tensors()] for part in parts]
             targets = {"target": target}
             aims = [part["target"] for part in chunk(targets, self._microbatches, self._spec(targets))]
+            shares = self._shares(aims, ends, trains)
         if not in_threads and not self.everyone_has_all:
             self._refuse_missing(variants, inputs[0], arguments, ends[0])
-        return Batch(variants, inputs, aims)
+        return Batch(variants, inputs, aims, shares)
+
+    def _shares(self, targets: Sequence[Any], ends: Sequence[Transport], trains: bool) -> list[float] | None:
+        """What the loss of each microbatch counts for, where the last stage is and the loss is computed."""
+        if self.weigh is None:
+            return None
+        is_here = any(end.rank == self._layout.rank_of[-1] for end in ends)
+        needed = trains or any(target is not None for target in targets)
+        return self.weigh(targets) if is_here and needed else []
 
     def _variants(self, parts: Sequence[Arguments]) -> list[Variant]:
         """Each microbatch's variant: one for all, unless values of the inputs, or a count of calls, decide the path."""

@@ -1,7 +1,16 @@
-"""From outputs to one loss: computed where the last stage is, told to every rank."""
+"""From outputs to one loss: computed where the last stage is, told to every rank.
+
+A microbatch weighs the same as any other, or by its target:
+
+    step's loss = Σ lossᵢ / n           step's loss = Σ lossᵢ · (wᵢ / Σ w)
+
+The second is the loss of the whole batch where each microbatch's loss is a mean over wᵢ things (tokens that are not
+padded) and their numbers differ. It is the loss that is scaled, microbatch by microbatch, before its backward.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -12,7 +21,54 @@ from pipework.run.transport import Transport
 from pipework.split.pipe import Variant
 from pipework.split.trees import map_leaves
 
+LossWeight = Callable[[Any], Any]
+"""From a microbatch's target to its weight: a number, or a tensor without dimensions."""
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def shares(weight: LossWeight, targets: Sequence[Any], scale: bool) -> list[float]:
+    """What each microbatch's loss is multiplied by: its weight, divided with `scale` by the sum of all weights.
+
+    Raises `InputError` where there is no target, where a weight is not a finite number from 0 up, and where all are 0.
+
+    >>> targets = [torch.tensor([3, 1, -100]), torch.tensor([2, -100, -100])]
+    >>> shares(lambda target: (target != -100).sum(), targets, scale=True)
+    [0.6666666666666666, 0.3333333333333333]
+    """
+    weights = [_weight(weight, microbatch, target) for microbatch, target in enumerate(targets)]
+    if not scale:
+        return weights
+    total = math.fsum(weights)
+    if not total:
+        raise InputError(
+            f"loss_weight gives 0 for all {len(weights)} microbatches",
+            why="the mean over nothing is no number",
+            remedy="leave out such a batch, on every rank",
+        )
+    return [each / total for each in weights]
+
+
+def _weight(weight: LossWeight, microbatch: int, target: Any) -> float:
+    if target is None:
+        raise InputError(
+            "loss_weight was given, and this step has no target",
+            why="a microbatch's weight is made of its target, before the first microbatch goes backward",
+            remedy="pass target=...; for a model that computes its own loss, the labels that it is given",
+        )
+    try:
+        found = float(weight(target))
+    except Exception as error:
+        raise InputError(
+            f"loss_weight gave no number for microbatch {microbatch}",
+            why=f"{type(error).__name__}: {error}",
+            remedy="give a number, or a tensor without dimensions",
+        ) from error
+    if not (math.isfinite(found) and found >= 0):
+        raise InputError(
+            f"loss_weight gave {found} for microbatch {microbatch}", remedy="give a finite number that is not negative"
+        )
+    return found
 
 
 @final
@@ -25,10 +81,12 @@ class Losses:
         trains: bool,
         divisor: int,
         targets: Sequence[Any],
+        shares: Sequence[float] | None,
         variants: Sequence[Variant],
         keep: bool,
     ) -> None:
-        self._loss, self._trains, self._divisor, self._targets = loss, trains, divisor, targets
+        self._loss, self._trains, self._targets, self._shares = loss, trains, targets, shares
+        self._divisor = divisor if shares is None else 1
         self._required = trains or (loss is not None and any(target is not None for target in targets))
         self._variants, self._keep = variants, keep
         self._values: list[torch.Tensor | None] = [None] * len(targets)
@@ -39,7 +97,7 @@ class Losses:
         output = self._variants[microbatch].rebuild(results)
         if self._keep:
             self._outputs[microbatch] = map_leaves(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, output)
-        if not self._required and (self._loss is not None or _found(output) is None):
+        if not self._required and (self._loss is not None or self._shares == [] or _found(output) is None):
             return None
         here = _beside(results)
         target = map_leaves(
@@ -59,8 +117,16 @@ class Losses:
                 why="nothing that it was made of is trained, or it was detached or turned into a number on the way",
                 remedy="make the loss of the model's output, and train at least one parameter that it depends on",
             )
+        if self._shares is None:
+            self._values[microbatch] = loss.detach()
+            return loss / self._divisor if self._divisor != 1 else loss
+        share = self._shares[microbatch]
+        if not share:  # the mean over nothing is NaN, and so would be 0 times that and its gradients
+            self._values[microbatch] = torch.zeros_like(loss)
+            return None
+        loss = loss * share
         self._values[microbatch] = loss.detach()
-        return loss / self._divisor if self._divisor != 1 else loss
+        return loss
 
     @property
     def outputs(self) -> list[Any]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, final
 
@@ -17,7 +18,7 @@ from pipework.plan import Costs, Schedule, Span, Timeline, check
 from pipework.run.checkpoint import load
 from pipework.run.executor import Executor, Feed
 from pipework.run.inputs import Batch, Inputs
-from pipework.run.losses import Losses
+from pipework.run.losses import Losses, LossWeight, shares
 from pipework.run.materialise import Initialize, initialize
 from pipework.run.plans import REFUSED, Plan, agree, fingerprint, plan, refuse_unplayable
 from pipework.run.transport import Threads, Transport, refusing, together
@@ -46,8 +47,15 @@ class Runner:
 
     Every rank makes the same calls. `loss` is a callable on (output, target), or None for a model whose output has a
     `.loss`. Each microbatch's loss is divided by their number before its backward, unless `scale_loss` is False;
-    gradients are added to `.grad`, so that several steps accumulate. Tensors are split into microbatches along
-    dimension 0, unless `chunk_spec` says otherwise for an argument or for `target` (see `pipework.split.microbatch`).
+    gradients are added to `.grad`, so that several steps accumulate.
+
+    Where microbatches count for more or less (their losses are means over tokens that are not padded, and the numbers
+    of these differ), `loss_weight` gives the weight of each from its target: a number, or a tensor without dimensions,
+    such as `lambda target: (target != -100).sum()`. The step's loss is then `sum(w_i * loss_i) / sum(w_i)`, the loss of
+    the whole batch; without `scale_loss`, `sum(w_i * loss_i)`. A microbatch of weight 0 has no part in it.
+
+    Tensors are split into microbatches along dimension 0, unless `chunk_spec` says otherwise for an argument or for
+    `target` (see `pipework.split.microbatch`).
 
     `recorded` is the last step's timeline; threads always record, processes with `record=True`. With `keep_outputs`
     set, `outputs` is the last step's output. Random numbers depend on `seed`, which is torch's own on rank 0 when the
@@ -72,6 +80,7 @@ class Runner:
         loss: Loss | None = None,
         group: dist.ProcessGroup | None = None,
         scale_loss: bool = True,
+        loss_weight: LossWeight | None = None,
         chunk_spec: Mapping[str, Any] | None = None,
         output_merge_spec: Any = UNSAID,
         record: bool = False,
@@ -82,7 +91,8 @@ class Runner:
             self._threads.ends if self._threads else (_process_end(group, self._device()),)
         )
         self._loss, self._scale_loss = loss, scale_loss
-        self._inputs = Inputs(pipe, schedule, dict(chunk_spec or {}))
+        weigh = None if loss_weight is None else partial(shares, loss_weight, scale=scale_loss)
+        self._inputs = Inputs(pipe, schedule, dict(chunk_spec or {}), weigh)
         self._merge_spec, self._record = output_merge_spec, record or group is None
         self.keep_outputs = False
         with refusing(self._ends[0], group is not None):
@@ -119,8 +129,9 @@ class Runner:
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one batch; gives the loss, the same on every rank.
 
-        The loss is the mean over microbatches (their sum without `scale_loss`), detached. Each rank needs only the
-        inputs that its stages read, and the target only where the last stage is; others may be left out or None.
+        The loss is the mean over microbatches (their sum without `scale_loss`; by weight with `loss_weight`), detached.
+        Each rank needs only the inputs that its stages read, and the target only where the last stage is; others may be
+        left out or None.
         """
         if not self.schedule.trains:
             raise InputError(
@@ -133,7 +144,7 @@ class Runner:
                 why="it would go backward through nothing",
                 remedy="call it outside torch.no_grad() and torch.inference_mode(), or call evaluate()",
             )
-        loss = self._play(self._batch(args, kwargs, target), trains=True)
+        loss = self._play(self._batch(args, kwargs, target, trains=True), trains=True)
         assert loss is not None
         self.steps += 1
         return loss
@@ -144,14 +155,14 @@ class Runner:
         The model's mode is left as it is: call `pipe.eval()` first for a model with dropout.
         """
         with torch.no_grad():
-            loss = self._play(self._batch(args, kwargs, target), trains=False)
+            loss = self._play(self._batch(args, kwargs, target, trains=False), trains=False)
         return Evaluation(loss, self._outputs)
 
-    def _batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> Batch:
+    def _batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, trains: bool) -> Batch:
         """The batch of a call; an error in it is told to the other ranks, which would wait for this one."""
         first = not self._plans
         try:
-            return self._inputs.batch(args, kwargs, target, self._ends, first)
+            return self._inputs.batch(args, kwargs, target, self._ends, first, trains)
         except PipeworkError:
             if not first and self._inputs.everyone_has_all:
                 self._ends[0].numbers(REFUSED)
@@ -161,7 +172,7 @@ class Runner:
         made = self._plan(batch, trains)
         divisor = self.schedule.microbatches if self._scale_loss else 1
         keep = self.keep_outputs or not trains
-        losses = Losses(self._loss, trains, divisor, batch.targets, made.variants, keep)
+        losses = Losses(self._loss, trains, divisor, batch.targets, batch.shares, made.variants, keep)
         spans: list[Span] | None = [] if self._record else None
         draw = DrawKey(self.seed, self.steps, 0)
         feed = Feed(batch.inputs, losses.finish, draw, spans)
@@ -195,6 +206,7 @@ class Runner:
                 "kind of step": "step" if trains else "evaluate",
                 "cut": fingerprint(batch.variants),
                 "scale_loss": self._scale_loss,
+                "loss_weight": "given" if self._inputs.weigh else None,
                 "record": self._record,
             }
             agree(facts, self._ends[0])
