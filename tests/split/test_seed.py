@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import pipework
+from tests.gloo import GlooPool
 from tests.split.equality import check
 
 
@@ -55,3 +60,30 @@ def test_seed_with_all_gradients() -> None:
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     constant = torch.randn(2, 3, 8, 8, requires_grad=True)
     check(Model(), (x,), {"constant": constant}, want=4)
+
+
+def trained(ranks: int, group: Any = None) -> str:
+    torch.manual_seed(0)
+    x, constant = torch.randn(8, 3, 8, 8, requires_grad=True), torch.randn(8, 3, 8, 8)
+    family = "interleaved_one_f_one_b" if ranks == 2 else "one_f_one_b"
+    report = pipework.verify(
+        Model(),
+        (x,),
+        {"constant": constant},
+        target=x.detach() + 1,
+        loss=F.mse_loss,
+        schedule=family,
+        ranks=ranks,
+        group=group,
+    )
+    return "" if report.equal else report.text()
+
+
+def trained_over_gloo(group: Any, rank: int) -> str:
+    return trained(group.size(), group)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_seed_trains(gloo_pool: GlooPool, ranks: int) -> None:
+    assert not trained(ranks)
+    assert gloo_pool.run(trained_over_gloo, ranks=ranks) == [""] * ranks

@@ -220,11 +220,21 @@ class _Router:
         wires: dict[tuple[int, int], list[Wire]] = {}
         for index, path in sorted(self.paths.items()):
             for source, target in itertools.pairwise(path):
-                tensor, state = self.values[index].tensor, self._state(index, source)
-                gradient = state.requires_grad and (state.node is None or state.node in needed)
+                tensor, gradient = self.values[index].tensor, self._returns_gradient(index, source, needed)
                 wire = Wire(index, tuple(tensor.shape), tensor.stride(), tensor.dtype, gradient)
                 wires.setdefault((source, target), []).append(wire)
         return tuple(Edge(source, target, tuple(found)) for (source, target), found in sorted(wires.items()))
+
+    def _returns_gradient(self, index: int, source: int, reachable: set[Any]) -> bool:
+        """Whether a value that leaves a stage gets a gradient from later ones.
+
+        Once a view is written in place, its gradient passes it by and goes to the tensor of which it is one.
+        """
+        state = self._state(index, source)
+        if not state.requires_grad or state.node is None or state.node in reachable:
+            return state.requires_grad
+        is_written = any(stage > source for stage in self.writers.get(self.values[index].storage, ()))
+        return is_written and state.base in reachable
 
     def _reachable(self) -> set[Any]:
         """The autograd nodes that a gradient of the model's output can reach."""

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from pipework.errors import CaptureError
 from pipework.split.cost import Cost, Meter
-from pipework.split.torch_private import storage_of, version_of, without_function_mode
+from pipework.split.torch_private import base_of, storage_of, version_of, without_function_mode
 from pipework.split.trees import hidden, leaves, map_leaves
 
 
@@ -57,6 +57,7 @@ class State:
     stage: int
     requires_grad: bool
     node: Any  # the autograd node that its gradient goes to
+    base: Any  # that of the tensor of which it is a view, where its gradient goes once the view is written in place
 
 
 @dataclasses.dataclass(slots=True)
@@ -249,7 +250,8 @@ class Tape(TorchFunctionMode):
         return index
 
     def _note(self, value: Value) -> None:
-        value.states.append(State(self.stage, value.tensor.requires_grad, value.tensor.grad_fn))
+        tensor = value.tensor
+        value.states.append(State(self.stage, tensor.requires_grad, tensor.grad_fn, base_of(tensor).grad_fn))
 
     def _cost(self) -> Cost:
         """What ran since it was last asked."""

@@ -37,6 +37,11 @@ def version_of(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def base_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor of which this one is a view, through however many others; itself if it is none."""
+    return tensor if tensor._base is None else tensor._base
+
+
 def in_backward() -> bool:
     """Whether this thread runs inside a backward pass, as a checkpoint's second forward does."""
     return graph_task() != -1
@@ -117,6 +122,7 @@ __all__ = [
     "TorchDispatchMode",
     "WithoutFunctionModes",
     "arguments_of",
+    "base_of",
     "buffers_of",
     "children_of",
     "functorch_active",
