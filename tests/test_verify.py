@@ -271,24 +271,37 @@ def autocast_on_processes(group: dist.ProcessGroup, rank: int) -> list[bool]:
     return autocast(group)
 
 
+class Thrice(nn.Module):
+    """Casts what it is given three times, as attention does; autocast would cast a leaf only once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts, self.norm = linears(3), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x) for part in self.parts)
+        return self.norm((q @ k.t()).softmax(-1).to(v.dtype) @ v).float()
+
+
 def autocast(group: dist.ProcessGroup | None = None) -> list[bool]:
-    @trunk(layers=linears(3))
+    @trunk(layers=linears(2), block=Thrice())
     def inside(self: Any, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            h = self.layers[0](x)
+            h = self.layers[0](x).float()
             pipework.pipe_split()
-            h = self.layers[1](h) + h
-        return self.layers[2](h.float())
+            h = self.block(h) + self.layers[1](h) + h
+        return h.float()
 
     found = [pipework.verify(inside, (X,), target=Y, loss=squared, group=group)]
     with torch.autocast("cpu", torch.bfloat16):
-        found.append(report(group=group))
+        blocks = nn.Sequential(Thrice(), Thrice())
+        found += [pipework.verify(blocks, (X,), target=Y, loss=squared, group=group), report(group=group)]
     return [each.equal for each in found]
 
 
 def test_autocast_inside_and_around(gloo_pool: GlooPool) -> None:
-    assert autocast() == [True, True]
-    assert gloo_pool.run(autocast_on_processes) == [[True, True]] * 2
+    assert autocast() == [True, True, True]
+    assert gloo_pool.run(autocast_on_processes) == [[True, True, True]] * 2
 
 
 def test_convolutions_in_channels_last() -> None:

@@ -127,8 +127,10 @@ class StageRun:
         if self.trains:
             for end in self.incoming:
                 for position in end.back_values:
+                    # A view, since autocast casts a leaf that is none but once, and adds its gradients in that dtype.
+                    taken[position] = taken[position].view_as(taken[position]).requires_grad_()
                     # Not read from `.grad`, which takes on the layout of the value: kernels choose by layout.
-                    taken[position].requires_grad_().register_hook(partial(gradients.__setitem__, position))
+                    taken[position].register_hook(partial(gradients.__setitem__, position))
         halves = self.halves.get(microbatch)
         with halves.at_work() if halves else _NOTHING:
             out = self.code(self.stage, *taken)
