@@ -16,7 +16,7 @@ import pipework
 from pipework import InputError, Kind, PipeworkError, Runner, Schedule
 from pipework.plan import needs
 from pipework.split.pipe import Pipe
-from tests.models import WIDTH, linear, numbers, trunk
+from tests.models import WIDTH, linear, linears, numbers, trunk
 from tests.run.pipes import case_runner, equal, gradients, piped, runner_of, sequence, unsplit
 
 X, Y = numbers(8, WIDTH), numbers(8, WIDTH, seed=5)
@@ -108,6 +108,29 @@ def test_the_gradient_of_the_input() -> None:
     unsplit(sequence(), twin, Y, 4)
     assert x.grad is not None
     assert equal({"x": x.grad}, {"x": twin.grad})
+
+
+@pytest.mark.parametrize("family", ["gpipe", "one_f_one_b", "interleaved_one_f_one_b", "looped_bfs"])
+def test_the_gradient_of_an_input_that_every_microbatch_gets_whole(family: str) -> None:
+    """Several stages read it: its gradients add up by microbatch, whichever rank is first."""
+
+    @trunk(layers=linears(8))
+    def model(self: Any, x: Tensor, prompt: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            if number and (number % 2 == 0 or family[0] in "il"):
+                pipework.pipe_split()
+            x = layer(x) * prompt
+        return x
+
+    prompt, twin = (numbers(WIDTH, seed=8).requires_grad_() for _ in range(2))
+    pipe = pipework.pipeline(model, (X[:2], prompt))
+    schedule = pipework.schedules.FAMILIES[family](pipe.layout(4), 4)
+    runner = Runner(pipe, schedule, loss=F.mse_loss, chunk_spec={"prompt": None})
+    for _ in range(3):
+        runner.step(X, prompt, target=Y)
+        for x, y in zip(X.chunk(4), Y.chunk(4), strict=True):
+            (F.mse_loss(model(x, twin), y) / 4).backward()
+        assert equal({"prompt": prompt.grad}, {"prompt": twin.grad})
 
 
 def test_a_step_under_no_grad_is_not_silently_without_gradients() -> None:

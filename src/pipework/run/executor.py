@@ -150,6 +150,12 @@ class StageRun:
                 if root.requires_grad:
                     roots.append(root)
                     seeds.append(gradient)
+        for own in kept.taken[: len(self.part.inputs)]:
+            if own.requires_grad and own.is_leaf and own.grad is not None:
+                # Of an input of the model, from later stages: this stage's uses are added to it one by one.
+                roots.append(own)
+                seeds.append(own.grad)
+                own.grad = None
         if kept.loss is not None and kept.loss.requires_grad:
             roots.append(kept.loss)
             seeds.append(None)

@@ -26,9 +26,17 @@ class Batch:
     """A batch in microbatches: for each the variant of the cut, the input tensors by position, the target."""
 
     variants: list[Variant]
-    inputs: list[list[torch.Tensor | None]]
+    given: list[list[torch.Tensor | None]]  # views of the caller's tensors
+    inputs: list[list[torch.Tensor | None]]  # what the stages work on
     targets: list[Any]
     shares: list[float] | None  # of the step's loss; empty where there is no target here; None if all count alike
+
+    def return_gradients(self) -> None:
+        """Hand on the gradients of what the stages worked on to the caller's tensors, in the order of microbatches."""
+        for given, inputs in zip(self.given, self.inputs, strict=True):
+            for theirs, ours in zip(given, inputs, strict=True):
+                if theirs is not None and ours is not None and ours is not theirs and ours.grad is not None:
+                    theirs.backward(ours.grad)
 
 
 class Absent:
@@ -61,6 +69,17 @@ def _refuse_unfinished(arguments: Arguments) -> None:
                 why="the step goes back once for each microbatch, and that computation can be gone through once only",
                 remedy="pass x = x.detach().requires_grad_(), and go back from x.grad yourself after the step",
             )
+
+
+def _own(given: torch.Tensor | None) -> torch.Tensor | None:
+    """An input as a microbatch works on it: a leaf of its own where a gradient is wanted.
+
+    Added to the caller's tensor as they come, the gradients of one that every microbatch gets whole would depend on the
+    schedule and on the moment. The leaf is a view, as what `StageRun` receives.
+    """
+    if given is None or not given.requires_grad:
+        return given
+    return given.detach().view_as(given).requires_grad_()
 
 
 @final
@@ -102,13 +121,14 @@ class Inputs:
             _refuse_unfinished(arguments)
             parts = chunk(arguments.values, self._microbatches, self._spec(arguments.values))
             variants = self._variants([arguments.with_values(part) for part in parts])
-            inputs = [[None if t.is_meta else t for t in arguments.with_values(part).tensors()] for part in parts]
+            given = [[None if t.is_meta else t for t in arguments.with_values(part).tensors()] for part in parts]
+            inputs = [[_own(t) for t in row] for row in given] if trains else given
             targets = {"target": target}
             aims = [part["target"] for part in chunk(targets, self._microbatches, self._spec(targets))]
             shares = self._shares(aims, ends, trains)
         if not in_threads and not self.everyone_has_all:
             self._refuse_missing(variants, inputs[0], arguments, ends[0])
-        return Batch(variants, inputs, aims, shares)
+        return Batch(variants, given, inputs, aims, shares)
 
     def _shares(self, targets: Sequence[Any], ends: Sequence[Transport], trains: bool) -> list[float] | None:
         """What the loss of each microbatch counts for, where the last stage is and the loss is computed."""

@@ -180,6 +180,7 @@ class Runner:
         drawing = {name: called for v in dict.fromkeys(made.variants) for name, called in v.drawing.items()}
         with streams(modules, drawing):
             self._run(made, feed)
+        batch.return_gradients()
         total = losses.total(self._ends, made.schedule.layout.rank_of[-1])
         self._outputs = merge(losses.outputs, self._merge_spec) if losses.outputs else None
         self._recorded = None
