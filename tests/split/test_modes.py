@@ -94,7 +94,6 @@ def test_autocast_inside_forward_and_between_cuts() -> None:
     check(model, (numbers(grad=True),), want=3)
 
 
-@pytest.mark.xfail(strict=True, reason="the cache of cast weights is cleared when the generated code leaves autocast")
 def test_weight_used_before_and_after_an_island_without_autocast() -> None:
     @trunk(one=linear(), two=linear())
     def model(self: nn.Module, x: Tensor) -> Tensor:
@@ -107,6 +106,20 @@ def test_weight_used_before_and_after_an_island_without_autocast() -> None:
             return self.two(x)
 
     check(model, (numbers(grad=True),), want=2)
+
+
+def test_weight_cast_anew_in_each_autocast_region() -> None:
+    @trunk(one=linear(), two=linear())
+    def model(self: nn.Module, x: Tensor) -> Tensor:
+        x = self.one(x)
+        pipe_split()
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                x = self.two(x)
+        return x
+
+    pipe = check(model, (numbers(grad=True),), want=2)
+    assert pipe.get_stage_module(1).source.count("with torch.autocast") == 2
 
 
 def test_weight_cast_once_and_used_in_two_autocast_stretches() -> None:

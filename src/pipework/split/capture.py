@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from pipework.errors import CaptureError, CutError, PipeworkError
 from pipework.split.arguments import named
+from pipework.split.checkpoints import taped, taped_reentrant
 from pipework.split.cost import Meter
 from pipework.split.fakes import fakes_for, undress
 from pipework.split.generators import Watch
@@ -149,6 +151,8 @@ class _Run:
         # One entry, since its inside has a backward of its own.
         if self.tape.silent or self.applied is not None:
             return original(function, *args, **kwargs)
+        if function is CheckpointFunction:
+            return taped_reentrant(self.tape, *args)
 
         def call(*a: Any, **k: Any) -> Any:
             return original(function, *a, **k)
@@ -160,6 +164,12 @@ class _Run:
             return self.tape.record_unseen(call, lambda: call(*args, **kwargs), args, kwargs)
         finally:
             self.applied = None
+
+    def checkpoint(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Iterator[None]:
+        return taped(self.tape, original, args, kwargs)
+
+    def cache_cleared(self) -> None:
+        self.tape.stretch += 1
 
     def function(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         if self.tape.silent:

@@ -8,17 +8,19 @@ import keyword
 import linecache
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from pipework.errors import MismatchError
+from pipework.split.blocks import Block, Step, blocks, steps
 from pipework.split.capture import Recording
 from pipework.split.cut import StagePart
-from pipework.split.draws import stream
-from pipework.split.tape import ClosedModule, Draw, Entry, Origin, Ref, Surroundings, name_of
+from pipework.split.draws import streams_on
+from pipework.split.tape import Checkpoint, ClosedModule, Draw, Entry, Origin, Ref, Surroundings, name_of
 from pipework.split.trees import children, fill, leaves, named_leaves
 
 _LITERALS = (type(None), bool, int, str, bytes, type(Ellipsis), torch.dtype, torch.layout, torch.memory_format)
@@ -48,7 +50,8 @@ def compiled(source: str, names: Mapping[str, Any], stage: int) -> Callable[...,
     """The function `forward` that the source defines; its lines show in tracebacks."""
     file = f"<pipework stage {stage}, capture {next(_files)}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    scope = {"torch": torch, "F": functional, "expect": expect, "stream": stream, "leaves": leaves, **names}
+    scope = {"torch": torch, "F": functional, "checkpoint": checkpoint, "streams_on": streams_on, "leaves": leaves}
+    scope |= {"expect": expect, **names}
     exec(compile(source, file, "exec"), scope)
     return scope["forward"]
 
@@ -81,11 +84,15 @@ class _Writer:
     ) -> None:
         self.collects = collects
         self.part, self.recording, self.ambient, self.constants = part, recording, ambient, constants
+        self.values = recording.values
         self.names: dict[int, str] = {}  # value -> the expression that reaches it
-        self.taken = {"self", "torch", "F", "expect", "stream", "leaves", "device", "found"}
+        self.taken = {"self", "torch", "F", "checkpoint", "streams_on", "leaves", "expect", "stream", "device", "found"}
         self.taken |= {*keyword.kwlist, *dir(builtins)}
         self.objects: dict[str, Any] = {}
         self.uses_device = False
+        self.begun: set[Draw] = set()  # streams of random numbers
+        self.local: set[int] = set()  # values that have a name in the function that is being written
+        self.stays: set[int] = set()  # values that the functions being written give back
         self.last_use = self._last_uses()
 
     def write(self) -> tuple[str, dict[str, Any]]:
@@ -95,55 +102,75 @@ class _Writer:
         for index, (origin, name) in part.owned.items():
             self.names[index] = path(self.constants[index] if origin is Origin.CONSTANT else name)
         body = [f"{self.names[i]} = {self.names[i]}.clone()" for i in sorted(part.copied)]
-        body += self._entries()
+        body += self._steps(steps(part.entries), self.ambient)
         body += [f"self.assign({name!r}, {self.names[index]})" for name, index in part.assigned.items()]
         results = ", ".join(self.names[i] for i in part.outputs)
         body.append(f"return ({results},)" if results else "return tuple(found)" if self.collects else "return ()")
         if self.collects:
             body.insert(0, "found = []")
+        if self.begun:
+            self.uses_device = True
+            body.insert(0, "stream = streams_on(device)")
         if self.uses_device:
             body.insert(0, f"device = {f'{parameters[0]}.device' if parameters else 'self.device_beside(None)'}")
         head = f"def forward({', '.join(['self', *parameters])}):"
-        return "\n".join([head, *("    " + line for line in body)]) + "\n", self.objects
+        return "\n".join([head, *_indented(body, 1)]) + "\n", self.objects
 
     # ------------------------------------------------------------------ lines
 
-    def _entries(self) -> list[str]:
+    def _steps(self, steps: Sequence[Step], ambient: Surroundings) -> list[str]:
         lines: list[str] = []
-        around: tuple[str, ...] = ()  # the blocks that are open, outermost first
-        for number, (entry, region) in enumerate(zip(self.part.entries, self._regions(), strict=True)):
+        around: tuple[Block, ...] = ()  # the blocks that are open, outermost first
+        for step, region in zip(steps, blocks(steps, ambient), strict=True):
             kept = sum(
                 1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(around, region, strict=False))
             )
-            lines += ["    " * depth + f"with {region[depth]}:" for depth in range(kept, len(region))]
+            lines += ["    " * depth + f"with {region[depth][0]}:" for depth in range(kept, len(region))]
             around = region
-            statements = [*self._statement(entry), *self._forget(number)]
-            lines += ["    " * len(region) + statement for statement in statements]
+            if step.checkpoint is None:
+                entry = self.part.entries[step.numbers.start]
+                statements = [*self._begun_stream(entry), *self._statement(entry)]
+            else:
+                statements = self._again(step, step.checkpoint)
+            lines += _indented([*statements, *self._forget(step)], len(region))
         return lines
 
-    def _regions(self) -> list[tuple[str, ...]]:
-        """What each entry runs under: no_grad, autocast, a stream of random numbers."""
-        draws: list[Draw | None] = [e.draw for e in self.part.entries]
-        spans: dict[Draw, list[int]] = {}
-        for number, draw in enumerate(draws):
-            if draw is not None:
-                spans.setdefault(draw, []).append(number)
-        for draw, numbers in spans.items():  # what lies between two draws of one stream does not leave it
-            draws[numbers[0] : numbers[-1] + 1] = [draw] * (numbers[-1] + 1 - numbers[0])
-        return [self._region(e.surroundings, d) for e, d in zip(self.part.entries, draws, strict=True)]
+    def _begun_stream(self, entry: Entry) -> list[str]:
+        """A stream of random numbers begins with the first call that draws from it."""
+        if entry.draw is None or entry.draw in self.begun:
+            return []
+        self.begun.add(entry.draw)
+        return [f"stream({entry.draw.module!r}, {entry.draw.call}, {entry.draw.segment})"]
 
-    def _region(self, here: Surroundings, draw: Draw | None) -> tuple[str, ...]:
-        found: list[str] = []
-        if draw is not None:  # outermost, since what opens a stream anew begins it anew
-            self.uses_device = True
-            found.append(f"stream({draw.module!r}, {draw.call}, {draw.segment}, device)")
-        for now, before in zip(here.autocast, self.ambient.autocast, strict=True):
-            if now != before:
-                kind, enabled, dtype = now
-                found.append(f"torch.autocast({kind!r}, {dtype}, {enabled})")
-        if here.grad != self.ambient.grad:
-            found.append("torch.enable_grad()" if here.grad else "torch.no_grad()")
-        return tuple(found)
+    def _again(self, step: Step, mark: Checkpoint) -> list[str]:
+        """A checkpoint: its calls as a function that is given all it reads, and called by torch's `checkpoint`."""
+        entries = [self.part.entries[number] for number in step.numbers]
+        made = {i for entry in entries for i in entry.makes() if i not in self.names}
+        read = dict.fromkeys(i for entry in entries for i in (*entry.reads(), *entry.makes()) if i not in made)
+        outside = {i: self.names[i] for i in read if not self.names[i].isidentifier()}  # reached from `self`
+        given = [i for i in read if i not in outside]
+        names = ", ".join(self.names[i] for i in given)
+        back = [i for i in mark.returned if i in made] if mark.reentrant else []
+        back += [i for i in sorted(made) if i not in back and self.last_use.get(i, -1) >= step.numbers.stop]
+        self.used |= set(back)
+        local, self.local = self.local, set(given)
+        self.stays |= set(back)
+        body = self._steps(step.inner, mark.surroundings)
+        self.stays -= set(back)
+        self.names |= outside
+        self.local = local | set(back)
+        function = self._fresh("again")
+        results = "".join(f"{self.names[i]}, " for i in back)
+        # What no gradient reaches a reentrant checkpoint would not go back through.
+        reentrant = mark.reentrant and any(self.values[i].tensor.requires_grad for i in given)
+        settings = {"use_reentrant": reentrant, **mark.settings}
+        call = f"checkpoint({', '.join(filter(None, (function, names, self._arguments([], settings))))})"
+        return [
+            f"def {function}({names}):",
+            *_indented([*body, f"return ({results.rstrip()})" if back else "return ()"], 1),
+            f"{results.rstrip()} = {call}" if back else call,
+            f"del {function}",
+        ]
 
     def _statement(self, entry: Entry) -> list[str]:
         call = self._call(entry)
@@ -180,23 +207,23 @@ class _Writer:
                 lines.append(f"expect({out}{accessor}, {value}, {what!r}, {self._source(entry)!r})")
         return [*lines, f"del {out}"]
 
-    def _forget(self, number: int) -> list[str]:
-        gone = [self.names[i] for i in self.last_use.get(number, ()) if i in self.names]
-        gone = [name for name in dict.fromkeys(gone) if name.isidentifier()]
+    def _forget(self, step: Step) -> list[str]:
+        """Values that nothing uses after this step, where they have names in the same function."""
+        if step.numbers[-1] == len(self.part.entries) - 1:
+            return []
+        last = {i for n in step.numbers for e in [self.part.entries[n]] for i in (*e.reads(), *e.makes())}
+        over = [i for i in sorted(last & self.local - self.stays) if self.last_use[i] in step.numbers]
+        gone = [name for name in (self.names[i] for i in over) if name.isidentifier()]
         return [f"del {', '.join(gone)}"] if gone else []
 
-    def _last_uses(self) -> dict[int, list[int]]:
+    def _last_uses(self) -> dict[int, int]:
         last: dict[int, int] = {}
         for number, entry in enumerate(self.part.entries):
             for index in (*entry.reads(), *entry.makes()):
                 last[index] = number
         kept = {*self.part.outputs, *self.part.assigned.values()}
         self.used = kept | {i for e in self.part.entries for i in e.reads()}
-        gone: dict[int, list[int]] = {}
-        for index, number in last.items():
-            if index not in kept and index in self.used and number < len(self.part.entries) - 1:
-                gone.setdefault(number, []).append(index)
-        return gone
+        return last | dict.fromkeys(kept, len(self.part.entries))
 
     def _is_used(self, ref: Ref) -> bool:
         return ref.index in self.used
@@ -302,6 +329,7 @@ class _Writer:
 
     def _name(self, index: int, wish: str) -> str:
         self.names[index] = self._fresh(wish)
+        self.local.add(index)
         return self.names[index]
 
     def _fresh(self, wish: str) -> str:
@@ -325,6 +353,10 @@ class _Writer:
     @staticmethod
     def _source(entry: Entry) -> str:
         return entry.source
+
+
+def _indented(lines: Iterable[str], depth: int) -> list[str]:
+    return ["    " * depth + line for line in lines]
 
 
 class _Template:

@@ -251,7 +251,7 @@ class _Router:
 
     def _part(self, stage: int, edges: tuple[Edge, ...]) -> StagePart:
         rebuilt = self.rebuilt[stage]
-        remade = {id(entry): entry for entry in rebuilt.values()}
+        remade = {id(entry): dataclasses.replace(entry, checkpoints=()) for entry in rebuilt.values()}
         entries = (*remade.values(), *(e for e in self.entries if e.stage == stage))
         received = tuple(w.value for e in edges if e.target == stage for w in e.wires)
         read = {i for entry in entries for i in entry.reads()}

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -50,15 +50,19 @@ def reseed(words: str, device: torch.device) -> None:
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
 
-@contextlib.contextmanager
-def stream(module: str, call: int, segment: int, device: torch.device) -> Iterator[None]:
-    """Draw from the named stream inside the block; without a microbatch under way, from the ambient generator."""
-    key = getattr(_thread, "key", None)
-    if key is None:
-        yield
-        return
-    _begin(key, Draw(module, call, segment), device)
-    yield
+def streams_on(device: torch.device) -> Callable[[str, int, int], None]:
+    """What begins the stream of a (module, call, stretch) on a device, for the microbatch that is under way now.
+
+    It may be called again in a backward, which may run in a thread of its own. Without a microbatch under way it does
+    nothing, so that what follows draws from the ambient generator.
+    """
+    key: DrawKey | None = getattr(_thread, "key", None)
+
+    def begin(module: str, call: int, segment: int) -> None:
+        if key is not None:
+            _begin(key, Draw(module, call, segment), device)
+
+    return begin
 
 
 @contextlib.contextmanager
@@ -101,52 +105,65 @@ def streams(modules: Mapping[str, nn.Module], drawing: Mapping[str, Collection[s
             handle.remove()
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a checkpoint finds a generator that it put back: no two moments of a forward have the same seed there."""
+
+    module: str
+    moment: str  # the module's call begins, or goes on after a child
+    seed: int  # that of the stream before
+
+    @classmethod
+    def now(cls, module: str, moment: str) -> _Place:
+        return cls(module, moment, torch.default_generator.initial_seed())
+
+
+Noted = dict[_Place, tuple[DrawKey, Draw]]
+"""The streams that began in the forward: a checkpoint's second forward begins them again, in whichever thread."""
+
+
 class _Call:
     """A drawing module's call under way in one thread."""
 
-    def __init__(self, key: DrawKey, draw: Draw, device: torch.device) -> None:
-        self.key, self.draw, self.device = key, draw, device
+    def __init__(self, key: DrawKey, draw: Draw, device: torch.device, noted: Noted) -> None:
+        self.key, self.draw, self.device, self.noted = key, draw, device, noted
         self.listener = listen(self.next_stretch)
         _begin(key, draw, device)
 
     def next_stretch(self) -> None:
+        place = _Place.now(self.draw.module, "goes on")
         self.draw = dataclasses.replace(self.draw, segment=self.draw.segment + 1)
+        self.noted[place] = self.key, self.draw
         _begin(self.key, self.draw, self.device)
 
 
-Noted = dict[tuple[str, int], tuple[DrawKey, int]]
-"""(module, the seed there before its call) -> (key, number of the call), for calls that a checkpoint repeats."""
-
-
-def _number(name: str, noted: Noted) -> tuple[DrawKey, int] | None:
-    """Which call begins: a new one, or in a backward one that a checkpoint repeats; None without a microbatch.
-
-    A checkpoint puts back the generator as it was in the forward, and no two calls find the same seed there.
-    """
-    before = name, torch.default_generator.initial_seed()
+def _stream_of(name: str, noted: Noted) -> tuple[DrawKey, Draw] | None:
+    """The stream with which a call begins: of a new call, or in a backward of one that a checkpoint repeats."""
+    place = _Place.now(name, "begins")
     if in_backward():
-        return noted.get(before)
+        return noted.get(place)
     key = getattr(_thread, "key", None)
     if key is None:
         return None
     call = _thread.calls.get(name, 0)
     _thread.calls[name] = call + 1
-    noted[before] = key, call
-    return key, call
+    noted[place] = key, Draw(name, call, 0)
+    return noted[place]
 
 
 def _watch(name: str, module: nn.Module, called: Collection[nn.Module], noted: Noted) -> Iterator[RemovableHandle]:
     device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
     under_way: dict[int, list[_Call]] = {}  # by thread, the innermost last
 
+    def beside(args: tuple[object, ...]) -> torch.device:
+        return next((a.device for a in args if isinstance(a, torch.Tensor)), torch.device("cpu"))
+
     def begin(_: nn.Module, args: tuple[object, ...]) -> None:
-        numbered = _number(name, noted)
-        if numbered is None:
+        stream = _stream_of(name, noted)
+        if stream is None:
             return
-        key, call = numbered
-        beside = next((a.device for a in args if isinstance(a, torch.Tensor)), torch.device("cpu"))
         calls = under_way.setdefault(threading.get_ident(), [])
-        calls.append(_Call(key, Draw(name, call, 0), device or beside))
+        calls.append(_Call(*stream, device or beside(args), noted))
 
     def end(*_: object) -> None:
         calls = under_way.get(threading.get_ident())
@@ -157,11 +174,13 @@ def _watch(name: str, module: nn.Module, called: Collection[nn.Module], noted: N
         if under_way.get(threading.get_ident()):
             listen(None)  # a pipe_split() in the child begins a stretch of the child, not of this module
 
-    def child_returned(*_: object) -> None:
+    def child_returned(_: nn.Module, args: tuple[object, ...], *__: object) -> None:
         calls = under_way.get(threading.get_ident())
         if calls:
             listen(calls[-1].next_stretch)
             calls[-1].next_stretch()
+        elif in_backward() and (stream := noted.get(_Place.now(name, "goes on"))):  # a part of the forward is repeated
+            _begin(*stream, device or beside(args))
 
     yield module.register_forward_pre_hook(begin, prepend=True)
     yield module.register_forward_hook(end, always_call=True)

@@ -66,7 +66,7 @@ def input_guards(recording: Recording) -> Guards | None:
     written = {recording.values[index].storage for entry in needed for index in entry.writes}
     part = StagePart(
         index=NO_STAGE,
-        entries=tuple(needed),
+        entries=tuple(dataclasses.replace(entry, checkpoints=()) for entry in needed),
         inputs=inputs,
         received=(),
         outputs=(),

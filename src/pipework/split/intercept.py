@@ -1,4 +1,4 @@
-"""Hearing of the calls that torch's function modes do not see: modules, autograd functions, vmap's levels."""
+"""Hearing of the calls that torch's function modes do not see: modules, autograd functions, checkpoints, ..."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils import checkpoint
 
 from pipework.split.marks import listen
-from pipework.split.torch_private import VMAP_CALLS, functorch_vmap
+from pipework.split.torch_private import CHECKPOINT_GENERATOR, VMAP_CALLS, functorch_vmap
 
 _thread = threading.local()
 
@@ -31,6 +32,14 @@ class Calls(Protocol):
         """A plain call."""
         ...
 
+    def checkpoint(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Iterator[None]:
+        """What surrounds the function of a checkpoint that is not reentrant; it runs where this yields."""
+        ...
+
+    def cache_cleared(self) -> None:
+        """The weights that autocast has cast were forgotten."""
+        ...
+
     def split(self) -> None:
         """`pipe_split()`."""
         ...
@@ -38,7 +47,7 @@ class Calls(Protocol):
 
 @contextlib.contextmanager
 def intercepted(calls: Calls, module: nn.Module) -> Iterator[None]:
-    """Route this thread's calls of modules, autograd functions and vmap's levels through `calls`."""
+    """Route this thread's calls of modules, autograd functions, checkpoints and vmap's levels through `calls`."""
     undo: list[tuple[Any, str, Any]] = []
 
     def patch(owner: Any, attribute: str, stand_in: Callable[[Any], Any]) -> None:
@@ -68,11 +77,29 @@ def intercepted(calls: Calls, module: nn.Module) -> Iterator[None]:
 
         return call
 
+    def checkpoint_generator(original: Any) -> Any:
+        def generator(*args: Any, **kwargs: Any) -> Any:
+            mine = getattr(_thread, "calls", None)
+            return original(*args, **kwargs) if mine is None else mine.checkpoint(original, args, kwargs)
+
+        return generator
+
+    def clear_cache(original: Any) -> Any:
+        def clear() -> None:
+            mine = getattr(_thread, "calls", None)
+            if mine is not None:
+                mine.cache_cleared()
+            original()
+
+        return clear
+
     owners = {owner for m in module.modules() for owner in type(m).__mro__ if "__call__" in owner.__dict__}
     try:
         for owner in owners:
             patch(owner, "__call__", module_call)
         patch(torch.autograd.Function, "apply", autograd_apply)
+        patch(checkpoint, CHECKPOINT_GENERATOR, checkpoint_generator)
+        patch(torch, "clear_autocast_cache", clear_cache)
         for name in VMAP_CALLS:
             patch(functorch_vmap, name, vmap_call)
         _thread.calls, before = calls, listen(calls.split)

@@ -107,6 +107,16 @@ class Draw:
     segment: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """One call of `torch.utils.checkpoint.checkpoint` in the trunk: what its function calls is computed again."""
+
+    reentrant: bool
+    settings: Mapping[str, Any]  # further keyword arguments of the call, where they are not the default
+    surroundings: Surroundings  # under which its function is computed again
+    returned: list[int] = dataclasses.field(default_factory=list)  # the values that its function gives back
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
     """One call: `result = target(*args, **kwargs)`, with tensors as `Ref`."""
@@ -118,9 +128,11 @@ class Entry:
     result: Any
     writes: frozenset[int]
     surroundings: Surroundings
+    stretch: int  # equal for calls between which the cache of cast weights was not cleared
+    checkpoints: tuple[Checkpoint, ...]  # those that it lies in, outermost first
     readback: bool  # the result is a Python value read out of a tensor: a guard
     draw: Draw | None
-    modules: tuple[str, ...]  # called inside a custom autograd.Function (a reentrant checkpoint)
+    modules: tuple[str, ...]  # called inside a custom autograd.Function
     source: str  # file:line of the model's own code
     cost: Cost  # all zero where nobody asked
 
@@ -192,6 +204,8 @@ class Tape(TorchFunctionMode):
         self.drew = False
         self.shaped_by_values = False  # an operation ran whose result's shape depends on values (nonzero, ...)
         self.within: list[str] = []
+        self.stretch = 0  # how often the cache of cast weights was cleared
+        self.checkpoints: list[Checkpoint] = []  # those under way, outermost first
         self.born: set[int] = set()  # storages made during the run, by open and closed code alike
         self._numbers: dict[int, int] = {}
         self._sharing: dict[int, list[Value]] = {}
@@ -276,16 +290,23 @@ class Tape(TorchFunctionMode):
 
         def silently() -> Any:
             self._refuse_carriers(target.name, args, kwargs)
-            self.silent += 1
-            try:
+            with self.unseen():
                 # A module that hands back what it was given (dropout in eval mode) gives a new value all the same,
                 # since in another mode it may not.
-                return map_leaves(lambda x: x.view_as(x) if self._is_seen(x) else x, call())
-            finally:
-                self.silent -= 1
-                self._refuse_carriers(target.name, args, kwargs)
+                out = map_leaves(lambda x: x.view_as(x) if self._is_seen(x) else x, call())
+            self._refuse_carriers(target.name, args, kwargs)
+            return out
 
         return self.record_unseen(target, silently, args, kwargs)
+
+    @contextlib.contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Inside the block nothing is recorded."""
+        self.silent += 1
+        try:
+            yield
+        finally:
+            self.silent -= 1
 
     def record_unseen(
         self, target: Any, call: Callable[[], Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -332,6 +353,8 @@ class Tape(TorchFunctionMode):
             result=result,
             writes=writes,
             surroundings=surroundings,
+            stretch=self.stretch,
+            checkpoints=tuple(self.checkpoints),
             readback=readback,
             draw=draw,
             modules=tuple(dict.fromkeys(self.within)),

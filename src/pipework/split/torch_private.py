@@ -21,6 +21,9 @@ from torch.utils._pytree import SUPPORTED_NODES as PYTREE_NODES
 functorch_vmap = importlib.import_module("torch._functorch.vmap")
 """The module in which vmap looks up the four calls below, which no function mode sees."""
 
+CHECKPOINT_GENERATOR = "_checkpoint_without_reentrant_generator"
+"""In torch.utils.checkpoint: the generator that runs a checkpoint's function where it yields."""
+
 VMAP_CALLS = ("_add_batch_dim", "_remove_batch_dim", "_vmap_increment_nesting", "_vmap_decrement_nesting")
 
 
@@ -115,6 +118,7 @@ def timeout_of(group: Any) -> timedelta:
 
 
 __all__ = [
+    "CHECKPOINT_GENERATOR",
     "PYTREE_NODES",
     "VMAP_CALLS",
     "FakeTensor",
