@@ -18,9 +18,9 @@ from benchmarks.sizes import SIZES, Size
 from pipework.run.backward import SplitBackward
 
 CLAIM = (
-    "Milliseconds of processor time for one microbatch's backward, and for its forward and backward, on half the blocks "
-    "of the model, median over alternating repeats. Ratios are the time in two halves over that in one piece, by repeat: "
-    "median (least to greatest); 1.03 at most is wanted of I + W against B at the demo's size."
+    "Milliseconds of processor time for one microbatch's backward, and for its forward and backward, on half the "
+    "blocks of the model, median over alternating repeats. Ratios are the time in two halves over that in one piece, "
+    "by repeat: median (least to greatest); 1.03 at most is wanted of I + W against B at the demo's size."
 )
 ONE_PIECE, TWO_HALVES = "B", "I + W"
 Times = tuple[float, float]
@@ -50,7 +50,7 @@ class Half:
         begin = time.thread_time()
         with self.split.at_work():
             out = self.forward()
-        self.split.look_at([out])
+            self.split.look_at([out])
         middle = time.thread_time()
         with self.split.at_work():
             later = self.split.input_gradient(partial(out.backward, self.seed))

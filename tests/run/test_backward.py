@@ -24,13 +24,19 @@ from tests.run.pipes import equal, gradients, piped
 from tests.split.equality import before
 
 
-def halves_of(module: nn.Module, x: Tensor, seed: Tensor) -> tuple[Tensor | None, int]:
-    """The input's gradient, and how many calls were left for the second half; the parameters get theirs."""
+def seen(module: nn.Module, x: Tensor) -> SplitBackward:
+    """After a first forward, which tells who uses what."""
     split = SplitBackward(module, 0)
     with split.at_work():
-        out = module(x)
-    split.look_at([out])
+        split.look_at([module(x)])
+    return split
+
+
+def halves_of(module: nn.Module, x: Tensor, seed: Tensor) -> tuple[Tensor | None, int]:
+    """The input's gradient, and how many calls were left for the second half; the parameters get theirs."""
+    split = seen(module, x)
     with split.at_work():
+        out = module(x)
         later = split.input_gradient(lambda: torch.autograd.backward([out], [seed]))
     left = len(later.calls)
     split.weight_gradient(later)
@@ -196,6 +202,22 @@ def _autocast(self: Any, x: Tensor) -> Tensor:
         return x + self.b(F.gelu(self.a(x)))
 
 
+def _autocast_twice(self: Any, x: Tensor) -> Tensor:
+    """The gradients of one cast weight are added up before they are cast back."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return self.b(self.a(self.a(self.norm(x)).tanh()) + self.table(torch.arange(len(x)))).float() + x
+
+
+def _autocast_and_by_function(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.linear(self.a(self.a(x).sin()), self.a.weight).float() + self.b(x)
+
+
+def _autocast_forces(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return _forces(self, x)
+
+
 def _by_keyword(self: Any, x: Tensor) -> Tensor:
     return self.a(input=x) + self.b(x)
 
@@ -218,6 +240,9 @@ FORWARDS = [
     _no_grad,
     _mapped,
     _autocast,
+    _autocast_twice,
+    _autocast_and_by_function,
+    _autocast_forces,
     _by_keyword,
 ]
 
@@ -266,6 +291,21 @@ def assert_equal(model: nn.Module, microbatches: int = 4, turned: bool = False, 
 @pytest.mark.parametrize("forward", FORWARDS, ids=lambda forward: forward.__name__)
 def test_whatever_a_block_does_with_its_weights(forward: Forward, turned: bool) -> None:
     assert_equal(model_of(forward), turned=turned)
+
+
+@pytest.mark.parametrize("forward", [_plain, _called_twice, _table], ids=lambda forward: forward.__name__)
+def test_autocast_around_the_step(forward: Forward) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal(model_of(forward))
+
+
+def test_the_weight_waits_under_autocast() -> None:
+    layer, x = nn.Linear(4, 3), torch.randn(2, 5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, left = halves_of(layer, x, torch.ones(2, 5, 3, dtype=torch.bfloat16))
+    assert left == 1
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
 
 
 def _hooked(model: nn.Module) -> None:
@@ -369,10 +409,9 @@ def test_what_only_the_input_gradient_needs_is_gone_before_the_weight_gradient()
             return gradient
 
     block = Block(lambda self, x: self.b(Watched.apply(self.a(x))))
-    split = SplitBackward(block, 0)
+    split = seen(block, numbers(4, WIDTH))
     with split.at_work():
         out = block(numbers(4, WIDTH))
-    split.look_at([out])
     assert len(alive) == 1
     later = split.input_gradient(out.sum().backward)
     del out

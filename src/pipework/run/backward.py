@@ -8,16 +8,16 @@ alone and puts its two operands aside; the weight gradient (W) is the rest, one 
     I      dx = dy w              and (dy, x) is put aside
     W      dw = dyᵀ x, db = Σ dy  added to w.grad and b.grad
 
-Every other parameter gets its gradient with I, and so does a weight that anything else uses too (a loss, a function, a
-second forward in a checkpoint): its gradients must be added up in autograd's own order. The first forward tells, by
-its graph. Where I's would be added to `.grad` in another order of microbatches than W's, they are held back until W.
+Every other parameter gets its gradient with I, and so does a weight that anything else uses too (a loss, a function):
+its gradients must be added up in autograd's own order. The first microbatch's forward runs as ever, and its graph tells
+who uses what. Where I's would be added to `.grad` in another order of microbatches than W's, they wait for W too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,14 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from pipework.split.torch_private import functorch_active, goes_on_to, has_gradient_hooks, is_compiled, parameters_of
+from pipework.split.torch_private import (
+    functorch_active,
+    goes_on_to,
+    has_gradient_hooks,
+    is_compiled,
+    parameters_of,
+    version_of,
+)
 
 Mask = tuple[bool, bool, bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -38,9 +45,11 @@ class Operation:
     """What the modules of some classes compute, and how it goes back; `back` gives what the mask asks for.
 
     `fits` tells whether `back` makes the very calls that autograd makes for this input, so that no bit differs.
+    `is_cast` tells whether autocast casts its tensors.
     """
 
     classes: tuple[type[nn.Module], ...]
+    is_cast: bool
     fits: Callable[[Any, Tensor], bool]
     forward: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
     back: Callable[[Any, Tensor, Tensor, Tensor, Mask], Gradients]  # (module, gradient, input, weight, mask)
@@ -97,9 +106,9 @@ def _embedding_back(module: nn.Embedding, gradient: Tensor, x: Tensor, weight: T
 
 
 OPERATIONS = (
-    Operation((nn.Linear,), _linear_fits, _linear, _linear_back),
-    Operation((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv_fits, _conv, _conv_back),
-    Operation((nn.Embedding,), _embedding_fits, _embedding, _embedding_back),
+    Operation((nn.Linear,), True, _linear_fits, _linear, _linear_back),
+    Operation((nn.Conv1d, nn.Conv2d, nn.Conv3d), True, _conv_fits, _conv, _conv_back),
+    Operation((nn.Embedding,), False, _embedding_fits, _embedding, _embedding_back),
 )
 
 
@@ -110,6 +119,7 @@ class PutAside:
     call: _Call
     gradient: Tensor
     input: Tensor
+    dtype: torch.dtype | None
 
 
 @final
@@ -133,19 +143,22 @@ class SplitBackward:
         self, stage: nn.Module, index: int, tied: Collection[Tensor] = (), held_back: Sequence[nn.Parameter] = ()
     ) -> None:
         self._held_back = held_back
-        self._modules = set(stage.modules())
+        self._cast: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
         self._calls = [
             _Call(self, module, operation)
             for module in _outside_compiled(stage, index)
             for operation in OPERATIONS
             if _can_wait(module, operation, tied)
         ]
-        self.alone: set[nn.Module] | None = None  # modules whose parameters nobody else uses; unknown until seen
+        self.alone: set[nn.Module] | None = None  # modules whose parameters nobody else uses; None until seen
         self.later: Later | None = None  # while an input gradient is being made
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """The modules call their operation through this for as long as the block lasts: in F and in I."""
+        """The modules call their operation through this for as long as the block lasts: in F, and then in I too.
+
+        A checkpoint's second forward must be like its first, which for the first microbatch is as ever.
+        """
         for call in self._calls:
             call.module.__dict__["forward"] = call
         try:
@@ -155,26 +168,29 @@ class SplitBackward:
                 del call.module.__dict__["forward"]
 
     def look_at(self, outputs: Sequence[Tensor]) -> None:
-        """Find out from the graph of the first forward who uses the parameters of each module."""
+        """Find out from the graph of the first forward which modules are the only users of their parameters."""
         if self.alone is not None:
             return
-        called: set[nn.Module] = set()
-        used_otherwise: set[int] = set()
-        seen = set(nodes := [x.grad_fn for x in outputs if x.grad_fn is not None])
-        while nodes:
-            node = nodes.pop()
-            call = getattr(node, "call", None) if isinstance(node, _BACKWARD) else None
-            if call is not None:
-                called.add(call.module)
-            for after, _ in node.next_functions:
-                if call is None:
-                    used_otherwise.add(id(getattr(after, "variable", None)))  # of a leaf, else None
-                if after is not None and after not in seen:
-                    seen.add(after)
-                    nodes.append(after)
-        # A module that was not seen at all may still come in a checkpoint's second forward.
-        unseen = {id(p) for module in self._modules - called for p in _own(module)}
-        self.alone = {m for m in called if not any(id(p) in used_otherwise or id(p) in unseen for p in _own(m))}
+        calls = Counter({id(p): 0 for call in self._calls for p in _trained(call.module)})
+        for call in self._calls:
+            calls.update(dict.fromkeys(map(id, _trained(call.module)), call.count))
+        uses = _uses(outputs)
+        self.alone = {c.module for c in self._calls if all(calls[id(p)] == uses[id(p)] for p in _trained(c.module))}
+
+    def cast(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """The tensor in the dtype of an autocast region, cast once until it changes or the step ends."""
+        if dtype is None or tensor.dtype == dtype:
+            return tensor
+        version, found = self._cast.get((id(tensor), dtype), (-1, tensor))
+        if version != version_of(tensor):
+            with torch.no_grad():
+                found = tensor.to(dtype)
+            self._cast[id(tensor), dtype] = version_of(tensor), found
+        return found
+
+    def forget(self) -> None:
+        """At the end of a step."""
+        self._cast.clear()
 
     def input_gradient(self, back: Callable[[], None]) -> Later:
         """Go back by calling `back`, and give what it leaves to do."""
@@ -200,7 +216,7 @@ class SplitBackward:
         with torch.no_grad():
             for number in range(len(calls)):
                 aside = calls.popleft()
-                for parameter, gradient in aside.call.weight_gradients(aside.gradient, aside.input):
+                for parameter, gradient in aside.call.weight_gradients(aside):
                     key = id(parameter)
                     total = sums.pop(key)[1] + gradient if key in sums else gradient
                     if last[key] == number:  # at once, so that the next one gets its memory
@@ -217,14 +233,20 @@ class _Call:
 
     def __init__(self, split: SplitBackward, module: nn.Module, operation: Operation) -> None:
         self.split, self.module, self.operation = split, module, operation
+        self.count = 0  # calls in the first forward
         self._native = partial(type(module).forward, module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.module
-        if len(args) != 1 or kwargs or not self._can_wait(x := args[0]):
-            return self._native(*args, **kwargs)
-        own = parameters_of(module)
-        return _TwoHalves.apply(x, own["weight"], own.get("bias"), self)
+        alone = self.split.alone
+        if alone is None:
+            self.count += torch.is_grad_enabled()
+        elif self.module in alone and len(args) == 1 and not kwargs and self._can_wait(args[0]):
+            x, dtype, own = args[0], self._dtype(args[0]), parameters_of(self.module)
+            if dtype is None:
+                return _TwoHalves.apply(x, own["weight"], own.get("bias"), self, None)
+            with torch.autocast(x.device.type, enabled=False):
+                return _TwoHalves.apply(x.to(dtype), own["weight"], own.get("bias"), self, dtype)
+        return self._native(*args, **kwargs)
 
     def _can_wait(self, x: Any) -> bool:
         return (
@@ -232,17 +254,25 @@ class _Call:
             and torch.is_grad_enabled()
             and _all_plain(parameters_of(self.module))
             and self.operation.fits(self.module, x)
-            and not torch.is_autocast_enabled(x.device.type)
             and not torch.compiler.is_compiling()
             and not functorch_active()
         )
 
-    def weight_gradients(self, gradient: Tensor, x: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+    def _dtype(self, x: Tensor) -> torch.dtype | None:
+        """What autocast casts the operands to; None where it does not."""
+        kind = x.device.type
+        if not self.operation.is_cast or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+            return None
+        return torch.get_autocast_dtype(kind)
+
+    def weight_gradients(self, aside: PutAside) -> list[tuple[nn.Parameter, Tensor]]:
+        """In the dtype of the operands."""
         own = parameters_of(self.module)
         weight, bias = own["weight"], own.get("bias")
         assert weight is not None, "only modules with a weight are called through this"
         mask = False, weight.requires_grad, bias is not None and bias.requires_grad
-        _, *made = self.operation.back(self.module, gradient, x, weight, mask)
+        cast = self.split.cast(weight, aside.dtype)
+        _, *made = self.operation.back(self.module, aside.gradient, aside.input, cast, mask)
         return [
             (p, found) for p, found in zip((weight, bias), made, strict=True) if p is not None and found is not None
         ]
@@ -252,35 +282,65 @@ class _TwoHalves(torch.autograd.Function):
     """The operation of a module; its backward leaves out the weight when an input gradient is being made."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call, dtype: torch.dtype | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.call = call
-        return call.operation.forward(call.module, x, weight, bias)
+        ctx.call, ctx.dtype = call, dtype
+        cast = call.split.cast
+        return call.operation.forward(call.module, x, cast(weight, dtype), None if bias is None else cast(bias, dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
-        call, mask = ctx.call, ctx.needs_input_grad[:3]
+        call, dtype, mask = ctx.call, ctx.dtype, ctx.needs_input_grad[:3]
         later = call.split.later
-        # Not in somebody's own torch.autograd.grad, which wants no weight's gradient, or wants one to go on from.
-        if (
-            later is not None
-            and call.module in (call.split.alone or ())
-            and not torch.is_grad_enabled()
-            and goes_on_to(ctx.next_functions[_WEIGHT][0])
-        ):
-            later.calls.append(PutAside(call, gradient, x.detach()))  # or it would keep the graph behind it
+        # Somebody's own torch.autograd.grad wants no weight's gradient, or wants one to go on from.
+        is_going_on = torch.is_grad_enabled()
+        if later is not None and not is_going_on and goes_on_to(ctx.next_functions[_WEIGHT][0]):
+            later.calls.append(PutAside(call, gradient, x.detach(), dtype))  # with x's graph all before would be kept
             mask = mask[0], False, False
-        return *call.operation.back(call.module, gradient, x, weight, mask), None
+        cast = weight.to(dtype) if is_going_on and dtype is not None else call.split.cast(weight, dtype)
+        return *call.operation.back(call.module, gradient, x, cast, mask), None, None
 
 
 _WEIGHT = 1  # its place among the function's tensors
-_BACKWARD: type = _TwoHalves._backward_cls  # type: ignore[attr-defined]
+
+
+def _uses(outputs: Sequence[Tensor]) -> Counter[int]:
+    """How often each parameter, by its id, is used in the graph behind the outputs.
+
+    Where it is transposed or, by autocast, cast, it is the users of what comes of that who count.
+    """
+    users: dict[Any, list[Any]] = {x.grad_fn: [None] for x in outputs if x.grad_fn is not None}
+    nodes = list(users)
+    while nodes:
+        node = nodes.pop()
+        for after, _ in node.next_functions:
+            if after is None:
+                continue
+            if after not in users:
+                users[after] = []
+                nodes.append(after)
+            users[after].append(node)
+
+    return Counter({id(node.variable): _count(node, users) for node in users if hasattr(node, "variable")})
+
+
+def _count(node: Any, users: Mapping[Any, Sequence[Any]]) -> int:
+    return sum(_count(u, users) if u is not None and u.name() in _SAME_WEIGHT else 1 for u in users[node])
+
+
+_SAME_WEIGHT = ("TBackward0", "ToCopyBackward0")
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in parameters_of(module).values() if p is not None]
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in _own(module) if p.requires_grad]
 
 
 def _can_wait(module: nn.Module, operation: Operation, tied: Collection[Tensor]) -> bool:
@@ -322,6 +382,7 @@ def _outside_compiled(stage: nn.Module, index: int) -> Iterator[nn.Module]:
 
 def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
     """Add to `.grad` as autograd does."""
+    gradient = gradient.to(parameter.dtype)
     if parameter.grad is not None:
         parameter.grad.add_(gradient)
     elif gradient.stride() == parameter.stride():

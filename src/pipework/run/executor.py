@@ -60,6 +60,7 @@ class Kept:
     out: tuple[torch.Tensor, ...]
     loss: torch.Tensor | None
     gradients: dict[int, torch.Tensor]  # of what was taken, by position, as the backward left them
+    in_halves: bool  # whether weights can be left out of the backward
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,9 +136,10 @@ class StageRun:
         with halves.at_work() if halves else _NOTHING:
             out = self.code(self.stage, *taken)
         loss = feed.finish(microbatch, [out[i] for i in self.results]) if self.is_last else None
+        in_halves = halves is not None and halves.alone is not None
         if halves:
             halves.look_at(out if loss is None else (*out, loss))
-        return Kept(taken, out, loss, gradients)
+        return Kept(taken, out, loss, gradients, in_halves)
 
     def backward(self, kept: Kept, gradients: Sequence[Sequence[torch.Tensor]]) -> None:
         """Go back from the loss and from what came back over each outgoing edge that returns gradients."""
@@ -165,7 +167,7 @@ class StageRun:
     def input_gradient(self, microbatch: int, kept: Kept, gradients: Sequence[Sequence[torch.Tensor]]) -> Later:
         """Go back as `backward` does, but leave the gradients of weights for later."""
         halves = self.halves[microbatch]
-        with halves.at_work():  # a checkpoint's second forward must be like its first
+        with halves.at_work() if kept.in_halves else _NOTHING:
             return halves.input_gradient(partial(self.backward, kept, gradients))
 
     def returned(self, end: _End, kept: Kept) -> list[torch.Tensor]:
@@ -228,6 +230,10 @@ class Executor:
         except BaseException:
             step.abandon()
             raise
+        finally:
+            for run in self.runs:
+                for halves in run.halves.values():
+                    halves.forget()
         if self._ties:
             spread(self._ties, self.layout, self._stages, self.transport, 2 * len(self._channels))
 
