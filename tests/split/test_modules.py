@@ -579,23 +579,77 @@ def test_tensor_that_leaves_a_block_by_a_back_door_is_refused() -> None:
             pipeline(model, (numbers(),), split_spec=before("layers.1"))
 
 
-def test_object_that_carries_activations_between_blocks_is_refused() -> None:
-    class Cache:
-        def __init__(self) -> None:
-            self.kept: list[Tensor] = []
+class Cache:
+    """A plain object that blocks fill, as a key-value cache is."""
 
+    def __init__(self, parts: int = 0) -> None:
+        self.kept: list[Tensor] = []
+        self.named: dict[str, Any] = {"parts": [Cache() for _ in range(parts)]}
+        self.calls = 0
+
+
+class Filling(nn.Module):
+    """Puts new tensors and given ones into what it is given, and replaces one."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.lin, self.index = linear(), index
+
+    def forward(self, x: Tensor, cache: Cache, found: dict[str, Any], rows: list[Tensor]) -> Tensor:
+        assert cache.calls == self.index == len(rows)
+        cache.calls += 1
+        cache.kept += [x, self.lin(x).tanh()]
+        part = cache.named["parts"][self.index]
+        assert not part.kept  # not what an earlier step left there
+        part.kept.append(x.exp())
+        found["last"], found[f"old {self.index}"] = x * 2, found.get("last")
+        rows.append(cache.kept[-1] + 1)
+        return self.lin(x) + cache.kept[1] * cache.named["parts"][0].kept[0]
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_objects_dicts_and_lists_that_blocks_fill(stages: int) -> None:
+    @trunk(layers=nn.ModuleList(map(Filling, range(4))), end=linear())
+    def model(self: nn.Module, x: Tensor) -> Any:
+        cache, found, rows = Cache(len(self.layers)), {}, []
+        for layer in self.layers:
+            x = layer(x, cache, found=found, rows=rows)
+            cache.kept[0] = cache.kept[0] * 0.5
+        assert cache.calls == 4
+        return self.end(x), found, rows, cache
+
+    check(model, (numbers(grad=True),), spec=before("layers.1", "layers.3") if stages == 3 else before("layers.2"))
+
+
+def test_object_given_by_the_caller() -> None:
     class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lin = linear()
-
         def forward(self, x: Tensor, cache: Cache) -> Tensor:
-            cache.kept.append(x)
-            return self.lin(x) + cache.kept[0]
+            cache.calls += 1
+            return x * cache.named["scale"]
+
+    @trunk(one=linear(), two=Block())
+    def model(self: nn.Module, x: Tensor, cache: Cache) -> tuple[Tensor, int]:
+        x = self.one(x) * cache.kept[0]
+        pipe_split()
+        return self.two(x, cache), cache.calls
+
+    cache = Cache()
+    cache.kept.append(numbers(seed=8, grad=True))
+    cache.named["scale"] = numbers(seed=9, grad=True)
+    check(model, (numbers(grad=True), cache), want=2)
+    assert cache.calls == 0  # stages are given twins
+
+
+def test_object_without_an_end_is_refused() -> None:
+    class Block(nn.Module):
+        def forward(self, x: Tensor, cache: Cache) -> Tensor:
+            cache.kept.append(x * 2)
+            return x + cache.kept[0]
 
     @trunk(layers=nn.ModuleList([Block(), Block()]))
     def model(self: nn.Module, x: Tensor) -> Tensor:
         cache = Cache()
+        cache.named["self"] = cache
         for layer in self.layers:
             x = layer(x, cache)
         return x

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipework import CaptureError, pipeline
+from pipework.split.trees import held
 from tests.split.equality import before, check
 
 transformers = pytest.importorskip("transformers")
@@ -50,8 +50,10 @@ def test_cut_at_the_layers(make: Any) -> None:
     check(model.train(), (), {"input_ids": IDS, "attention_mask": MASK, **kwargs}, spec=before(*names), want=3, calls=1)
 
 
-def test_key_value_cache_is_refused() -> None:
-    model, kwargs, names = llama()
-    with pytest.raises(CaptureError, match="DynamicCache that carries activations") as error:
-        pipeline(model, (), {"input_ids": IDS, **kwargs, "use_cache": True}, split_spec=before(*names))
-    assert "use_cache=False" in error.value.remedy
+@pytest.mark.parametrize("make", [llama, bart])
+def test_key_value_cache_is_made_and_returned(make: Any) -> None:
+    torch.manual_seed(0)
+    model, kwargs, names = make()
+    del kwargs["use_cache"]
+    pipe = check(model.train(), (), {"input_ids": IDS, **kwargs}, spec=before(*names), want=3, calls=2)
+    assert len(list(held(pipe(input_ids=IDS, **kwargs)))) > 2  # the loss and the logits

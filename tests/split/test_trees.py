@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipework import CutError, InputError, pipeline
 from pipework.split.arguments import bind
 from pipework.split.table import ranges, rows, size_text
-from pipework.split.trees import children, fill, hidden, leaves, map_leaves, named_leaves
+from pipework.split.trees import children, fill, held, leaves, map_leaves, named_leaves, remade
 from tests.models import linear, numbers, trunk
 from tests.split.equality import before, check
 
@@ -79,18 +79,39 @@ def test_nodes_of_many_kinds() -> None:
     assert kept == {"a": 1}
 
 
-def test_hidden_tensors() -> None:
-    class Box:
-        def __init__(self, **attributes: Any) -> None:
-            self.__dict__.update(attributes)
+class Box:
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
 
+
+def test_tensors_held_by_objects() -> None:
     t = torch.ones(2)
     loop = Box(inner=Box(kept={"a": [t]}))
     loop.self = loop
-    assert [id(found) for found in hidden(loop)] == [id(t)]
-    assert [id(found) for found in hidden(UserDict(a=t))] == [id(t)]
-    for leaf in (t, nn.Linear(2, 2), 3, None, Box(a=1), Box):
-        assert not list(hidden(leaf))
+    assert [id(found) for found in held(loop)] == [id(t)]
+    assert children(loop) is None  # it has no end
+    assert [id(found) for found in held(UserDict(a=t))] == [id(t)]
+    for leaf in (nn.Linear(2, 2), 3, None, Box(a=1), Box):
+        assert not list(held(leaf))
+        assert children(leaf) is None
+
+
+def test_objects_with_tensors_are_nodes() -> None:
+    t = torch.ones(2)
+    box = Box(name="a", empty=Box(inner=[]), kept={"a": [t, None]})
+    assert [name for name, _ in named_leaves(box, "box")] == [
+        "box.name",
+        "box.empty",
+        "box.kept['a'][0]",
+        "box.kept['a'][1]",
+    ]
+    twins = [map_leaves(lambda leaf: leaf, box), remade(box, lambda leaf: leaf), fill(box, ["a", box.empty, t, None])]
+    for twin in twins:
+        assert twin is not box
+        assert leaves(twin)[2] is t
+        assert twin.kept["a"] is not box.kept["a"]
+    assert twins[0].empty.inner is not box.empty.inner  # what a call may fill is no one else's
+    assert remade([box, box], lambda leaf: leaf)[0].kept is not box.kept
 
 
 # ---------------------------------------------------------------------- arguments

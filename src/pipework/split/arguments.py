@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pipework.errors import InputError
-from pipework.split.trees import hidden, leaves, named_leaves
+from pipework.split.trees import held, leaves, named_leaves
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def named(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def _fact(leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, torch.Tensor):
         return leaf.shape, leaf.stride() if leaf.layout is torch.strided else None, leaf.dtype, leaf.requires_grad
-    if next(hidden(leaf), None) is not None:
+    if next(held(leaf), None) is not None:
         raise InputError(
             f"an argument is an object of type {type(leaf).__name__} that carries tensors",
             why="the pipe's inputs are tensors, in containers that can be taken apart; these would be constants",

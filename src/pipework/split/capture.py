@@ -22,9 +22,9 @@ from pipework.split.intercept import intercepted
 from pipework.split.marks import Marks, SplitPoint
 from pipework.split.points import CutPoint, PipeSplit
 from pipework.split.preserve import changes, unchanged
-from pipework.split.tape import ClosedModule, Draw, Entry, Origin, Ref, Surroundings, Tape, Value, user_line
+from pipework.split.tape import ClosedModule, Draw, Entry, Origin, Surroundings, Tape, Value, user_line
 from pipework.split.torch_private import TorchDispatchMode, arguments_of, has_backward_hooks, storage_of, version_of
-from pipework.split.trees import leaves, map_leaves
+from pipework.split.trees import Ref, leaves, map_leaves
 
 _lock = threading.RLock()  # what a capture patches is global, so one runs at a time
 

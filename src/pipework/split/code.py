@@ -3,57 +3,25 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import itertools
 import keyword
-import linecache
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from pipework.errors import MismatchError
 from pipework.split.blocks import Block, Step, blocks, steps
 from pipework.split.capture import Recording
 from pipework.split.cut import StagePart
-from pipework.split.draws import streams_on
-from pipework.split.tape import Checkpoint, ClosedModule, Draw, Entry, Origin, Ref, Surroundings, name_of
-from pipework.split.trees import children, fill, leaves, named_leaves
+from pipework.split.scope import Original, Template
+from pipework.split.tape import Checkpoint, ClosedModule, Draw, Entry, Origin, Surroundings, name_of
+from pipework.split.trees import Ref, children, held, is_object, leaves, named_leaves
 
 _LITERALS = (type(None), bool, int, str, bytes, type(Ellipsis), torch.dtype, torch.layout, torch.memory_format)
-_files = itertools.count()
-
-
-def equal(found: Any, value: Any) -> bool:
-    """Whether two values read back are the same; arrays are by their elements, and NaN is as good as NaN."""
-    if isinstance(found, float) and isinstance(value, float) and math.isnan(found):
-        return math.isnan(value)
-    same: Any = found == value
-    return bool(same.all() if hasattr(same, "all") else same)
-
-
-def expect(found: Any, value: Any, what: str, source: str) -> None:
-    """A Python value on which the captured forward depends must be what it was."""
-    if not equal(found, value):
-        raise MismatchError(
-            f"the model took another path: {what} is {found!r}, and was {value!r} on the example",
-            where=source,
-            why="the forward reads this value back into Python, so the stages hold for this value only",
-            remedy="capture on an example that takes this path, or put the branching code in a module that stays whole",
-        )
-
-
-def compiled(source: str, names: Mapping[str, Any], stage: int) -> Callable[..., tuple[Any, ...]]:
-    """The function `forward` that the source defines; its lines show in tracebacks."""
-    file = f"<pipework stage {stage}, capture {next(_files)}>"
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    scope = {"torch": torch, "F": functional, "checkpoint": checkpoint, "streams_on": streams_on, "leaves": leaves}
-    scope |= {"expect": expect, **names}
-    exec(compile(source, file, "exec"), scope)
-    return scope["forward"]
 
 
 def written(
@@ -86,7 +54,19 @@ class _Writer:
         self.part, self.recording, self.ambient, self.constants = part, recording, ambient, constants
         self.values = recording.values
         self.names: dict[int, str] = {}  # value -> the expression that reaches it
-        self.taken = {"self", "torch", "F", "checkpoint", "streams_on", "leaves", "expect", "stream", "device", "found"}
+        self.taken = {
+            "self",
+            "torch",
+            "F",
+            "checkpoint",
+            "streams_on",
+            "leaves",
+            "expect",
+            "taken_from",
+            "stream",
+            "device",
+            "found",
+        }
         self.taken |= {*keyword.kwlist, *dir(builtins)}
         self.objects: dict[str, Any] = {}
         self.uses_device = False
@@ -173,6 +153,8 @@ class _Writer:
         ]
 
     def _statement(self, entry: Entry) -> list[str]:
+        if entry.filled:
+            return self._filling(entry)
         call = self._call(entry)
         if entry.readback and self.collects:
             return [f"found.append({call})"]
@@ -190,6 +172,23 @@ class _Writer:
             targets = [self._target(r) if self._is_used(r) else "_" for r in entry.result]
             return [f"{', '.join(targets)}{',' if len(targets) == 1 else ''} = {call}"]
         return self._unpacking(entry, call, found)
+
+    def _filling(self, entry: Entry) -> list[str]:
+        """A call that puts tensors into its arguments: made before it, looked into after it."""
+        names = {key: self._fresh("filled") for key in entry.filled}
+        given: dict[int | str, Any] = {**dict(enumerate(entry.args)), **entry.kwargs}
+        lines = [f"{name} = {self._remade(given[key])}" for key, name in names.items()]
+        args = tuple(_Local(names[i]) if i in names else arg for i, arg in enumerate(entry.args))
+        kwargs = {key: _Local(names[key]) if key in names else arg for key, arg in entry.kwargs.items()}
+        lines += self._statement(dataclasses.replace(entry, args=args, kwargs=kwargs, filled={}))
+        found = self._fresh("found")
+        for key, filling in entry.filled.items():
+            what = f"{names[key]}, {filling.count}, {entry.title!r}, {self._source(entry)!r}"
+            lines.append(f"{found} = taken_from({what})")
+            lines += [
+                f"{self._target(ref)} = {found}[{place}]" for place, ref in filling.new.items() if self._is_used(ref)
+            ]
+        return [*lines, f"del {', '.join([found, *names.values()])}"]
 
     def _unpacking(self, entry: Entry, call: str, found: list[tuple[str, Any]]) -> list[str]:
         out = self._fresh("out")
@@ -276,6 +275,8 @@ class _Writer:
     def _expression(self, tree: Any) -> str:
         if isinstance(tree, Ref):
             return self.names[tree.index]
+        if isinstance(tree, _Local):
+            return tree.name
         if isinstance(tree, torch.device):
             return self._device(tree)
         if isinstance(tree, torch.nn.Module):
@@ -301,8 +302,15 @@ class _Writer:
         found = leaves(tree)
         if children(tree) is None or not any(isinstance(leaf, Ref) for leaf in found):
             return self._object(tree, type(tree).__name__)
-        make = self._object(_Template(tree), f"make_{type(tree).__name__}")
+        if is_object(tree):
+            return self._remade(tree)
+        make = self._object(Template(tree), f"make_{type(tree).__name__}")
         return f"{make}({', '.join(self._expression(leaf) for leaf in found)})"
+
+    def _remade(self, tree: Any) -> str:
+        """A container or object that the call may write into."""
+        make = self._object(Original(tree), f"new_{type(tree).__name__}")
+        return f"{make}({', '.join(self._expression(ref) for ref in held(tree))})"
 
     def _device(self, device: torch.device) -> str:
         """The model's own device becomes the stage's, so that a stage may move."""
@@ -359,14 +367,13 @@ def _indented(lines: Iterable[str], depth: int) -> list[str]:
     return ["    " * depth + line for line in lines]
 
 
-class _Template:
-    """Makes a container like the captured one around other tensors."""
+class _Local:
+    """A local variable of the generated code in place of an argument."""
 
-    def __init__(self, tree: Any) -> None:
-        self.tree = tree
+    __slots__ = ("name",)
 
-    def __call__(self, *new: Any) -> Any:
-        return fill(self.tree, new)
+    def __init__(self, name: str) -> None:
+        self.name = name
 
 
 def name_of_assignment(entry: Entry) -> bool:

@@ -25,9 +25,9 @@ import torch
 
 from pipework.errors import CutError
 from pipework.split.capture import Recording
-from pipework.split.tape import ClosedModule, Entry, Origin, Ref, State, Value
+from pipework.split.tape import ClosedModule, Entry, Origin, State, Value
 from pipework.split.torch_private import FakeTensor
-from pipework.split.trees import leaves
+from pipework.split.trees import Ref, leaves
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

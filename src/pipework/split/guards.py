@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from pipework.split.capture import Recording
-from pipework.split.code import compiled, equal, guard_source
+from pipework.split.code import guard_source
 from pipework.split.cut import StagePart
+from pipework.split.scope import compiled, equal
 from pipework.split.tape import ClosedModule, Entry, Origin
 
 NO_STAGE = -1

@@ -14,8 +14,8 @@ from pipework.split.cost import Cost
 from pipework.split.hints import Hints
 from pipework.split.points import CutPoint, CutPoints
 from pipework.split.table import size_text
-from pipework.split.tape import ClosedModule, Ref
-from pipework.split.trees import leaves
+from pipework.split.tape import ClosedModule
+from pipework.split.trees import Ref, leaves
 
 
 @final

@@ -13,19 +13,20 @@ from pipework.errors import CutError, InputError, nearest
 from pipework.plan import Layout
 from pipework.split.arguments import Arguments, bind
 from pipework.split.capture import Recording, capture
-from pipework.split.code import compiled, written
+from pipework.split.code import written
 from pipework.split.cut import Cut, cut, refuse_fake_constants
 from pipework.split.guards import Guards, input_guards
 from pipework.split.marks import Mark, Marks, SplitPoint
 from pipework.split.points import CutPoints, PipeSplit
 from pipework.split.preserve import simple_attributes
+from pipework.split.scope import compiled
 from pipework.split.search import balanced
 from pipework.split.stage import Code, Stage
 from pipework.split.table import table
-from pipework.split.tape import Origin, Ref, Surroundings
+from pipework.split.tape import Origin, Surroundings
 from pipework.split.ties import Tie, canonical_names, ties, with_ties
 from pipework.split.torch_private import parameters_of
-from pipework.split.trees import map_leaves
+from pipework.split.trees import Ref, map_leaves
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -20,17 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from pipework.errors import CaptureError
 from pipework.split.cost import Cost, Meter
+from pipework.split.filling import Filling, Holders
 from pipework.split.torch_private import base_of, storage_of, version_of, without_function_mode
-from pipework.split.trees import hidden, leaves, map_leaves
-
-
-class Ref:
-    """A tensor on the tape, by its number. No dataclass, since those are taken apart as containers."""
-
-    __slots__ = ("index",)
-
-    def __init__(self, index: int) -> None:
-        self.index = index
+from pipework.split.trees import Ref, held, leaves, map_leaves
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,6 +118,7 @@ class Entry:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     result: Any
+    filled: Mapping[int | str, Filling]  # arguments into which the call put tensors, by position or name
     writes: frozenset[int]
     surroundings: Surroundings
     stretch: int  # equal for calls between which the cache of cast weights was not cleared
@@ -141,8 +134,9 @@ class Entry:
         return [leaf.index for leaf in leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Ref)]
 
     def makes(self) -> list[int]:
-        """The values in its result."""
-        return [leaf.index for leaf in leaves(self.result) if isinstance(leaf, Ref)]
+        """The values in its result, and those that it put into its arguments."""
+        found = [leaf.index for leaf in leaves(self.result) if isinstance(leaf, Ref)]
+        return found + [ref.index for filling in self.filled.values() for ref in filling.new.values()]
 
     def holds(self) -> tuple[str, ...]:
         """The closed modules that the call needs."""
@@ -236,14 +230,14 @@ class Tape(TorchFunctionMode):
         )
 
     def _refuse_carriers(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """No object may carry tensors past the stages; transformers' key-value cache is one that does."""
+        """No object may carry tensors past the stages that cannot be taken apart, since it holds itself."""
         for leaf in leaves((args, dict(kwargs))):
-            if any(storage_of(tensor) in self.born for tensor in hidden(leaf)):
+            if not isinstance(leaf, torch.Tensor) and any(storage_of(tensor) in self.born for tensor in held(leaf)):
                 raise CaptureError(
                     f"the module {name!r} is given an object of type {type(leaf).__name__} that carries activations",
                     where=user_line(),
-                    why="what a stage takes in and hands on are tensors, in containers that can be taken apart",
-                    remedy="pass use_cache=False if it is a key-value cache; else pass tensors",
+                    why="what a stage takes in and hands on are tensors; this object holds itself, so it has no end",
+                    remedy="pass its tensors, or let the object hold no reference to itself",
                 )
 
     def _is_dynamic(self, tensor: torch.Tensor) -> bool:
@@ -324,9 +318,10 @@ class Tape(TorchFunctionMode):
         before = {key: version_of(t) for key, t in given.items()}
         surroundings = Surroundings.now(self.device_types)
         self.drew, self.shaped_by_values, self.within = False, False, []
+        closed = isinstance(target, ClosedModule)
+        holders = Holders(args, kwargs, self.number) if closed else None
         self._cost()
         out = call()
-        closed = isinstance(target, ClosedModule)
         plain = "" if closed else getattr(target, "__name__", "")
         made = [leaf for leaf in leaves(out) if isinstance(leaf, torch.Tensor)]
         written = [t for key, t in given.items() if version_of(t) != before[key]]
@@ -334,7 +329,7 @@ class Tape(TorchFunctionMode):
         readback = plain in READBACKS or (dynamic and not made and name_of(target) in SHAPES)
         if not (closed or made or written or readback or plain in EFFECTS) or plain == "_set_grad_enabled":
             return out
-        reference = self.refs((args, dict(kwargs)))
+        reference = holders.reference(self.refs) if holders else self.refs((args, dict(kwargs)))
         index = len(self.entries)
         writes = frozenset(self.number(t) for t in written)
         for storage in {self.values[write].storage for write in writes}:
@@ -345,12 +340,14 @@ class Tape(TorchFunctionMode):
                 self.values[self._new(tensor, index)].dynamic = dynamic
         draw = self.where if self.drew and not closed else None
         result = self.refs(out)
+        filled = holders.filled(lambda t: None if self.knows(t) else self._new(t, index)) if holders else {}
         entry = Entry(
             stage=self.stage,
             target=target,
             args=reference[0],
             kwargs=reference[1],
             result=result,
+            filled=filled,
             writes=writes,
             surroundings=surroundings,
             stretch=self.stretch,

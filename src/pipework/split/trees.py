@@ -1,15 +1,16 @@
 """Values inside values: how pipework walks what a model takes and returns.
 
-A node is a tuple, list, dict, slice, dataclass instance, or whatever is registered as a pytree (ModelOutput, ...). One
-function, `children`, says how a node is taken apart and put together; the rest is built on it.
+A node is a tuple, list, dict, slice, dataclass instance, whatever is registered as a pytree (ModelOutput, ...), or an
+object with tensors in its attributes (a key-value cache, ...). One function, `children`, says how a node is taken apart
+and put together; the rest is built on it.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -18,10 +19,33 @@ from torch import nn
 from pipework.split.torch_private import PYTREE_NODES
 
 Rebuild = Callable[[Sequence[Any]], Any]
+Parts = tuple[list[str], list[Any], Rebuild]
 
 
-def children(node: Any) -> tuple[list[str], list[Any], Rebuild] | None:
+class Ref:
+    """Stands for a tensor, by its number. No dataclass, since those are taken apart as containers."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+_WHOLE = (torch.Tensor, Ref, nn.Module, type, FunctionType, MethodType, ModuleType)
+
+
+def children(node: Any) -> Parts | None:
     """The accessors (`[0]`, `['key']`, `.field`), the children and the way back; None for a leaf."""
+    return _object(node) if is_object(node) else _container(node)
+
+
+def is_object(node: Any) -> bool:
+    """Whether a node is an object with tensors in its attributes, and no container; one that holds itself is a leaf."""
+    plain = _has_attributes(node) and _container(node) is None
+    return plain and next(held(node), None) is not None and not _holds_itself(node)
+
+
+def _container(node: Any) -> Parts | None:
     kind = type(node)
     if kind in (tuple, list):
         return [f"[{i}]" for i in range(len(node))], list(node), kind
@@ -41,7 +65,7 @@ def children(node: Any) -> tuple[list[str], list[Any], Rebuild] | None:
     return None
 
 
-def _tuple_kind(node: Any) -> tuple[list[str], list[Any], Rebuild] | None:
+def _tuple_kind(node: Any) -> Parts | None:
     kind = type(node)
     accessors = [f"[{i}]" for i in range(len(node))]
     if hasattr(kind, "_make"):
@@ -51,7 +75,7 @@ def _tuple_kind(node: Any) -> tuple[list[str], list[Any], Rebuild] | None:
     return None  # torch.Size is a fact, not a container
 
 
-def _registered(node: Any) -> tuple[list[str], list[Any], Rebuild]:
+def _registered(node: Any) -> Parts:
     definition = PYTREE_NODES[type(node)]
     found, recipe = definition.flatten_fn(node)
     if isinstance(node, dict) and len(node) == len(found):
@@ -61,7 +85,7 @@ def _registered(node: Any) -> tuple[list[str], list[Any], Rebuild]:
     return accessors, list(found), lambda new: definition.unflatten_fn(list(new), recipe)
 
 
-def _dict_kind(node: Any) -> tuple[list[str], list[Any], Rebuild]:
+def _dict_kind(node: Any) -> Parts:
     keys = list(node)
 
     def rebuild(new: Sequence[Any]) -> Any:
@@ -73,7 +97,7 @@ def _dict_kind(node: Any) -> tuple[list[str], list[Any], Rebuild]:
     return [f"[{key!r}]" for key in keys], [node[key] for key in keys], rebuild
 
 
-def _dataclass(node: Any) -> tuple[list[str], list[Any], Rebuild]:
+def _dataclass(node: Any) -> Parts:
     names = [field.name for field in dataclasses.fields(node) if hasattr(node, field.name)]
 
     def rebuild(new: Sequence[Any]) -> Any:
@@ -85,12 +109,80 @@ def _dataclass(node: Any) -> tuple[list[str], list[Any], Rebuild]:
     return [f".{name}" for name in names], [getattr(node, name) for name in names], rebuild
 
 
+def _has_attributes(node: Any) -> bool:
+    return not isinstance(node, _WHOLE) and hasattr(node, "__dict__")
+
+
+def _object(node: Any) -> Parts:
+    names = list(vars(node))
+
+    def rebuild(new: Sequence[Any]) -> Any:
+        twin = copy.copy(node)
+        vars(twin).update(zip(names, new, strict=True))
+        return twin
+
+    return [f".{name}" for name in names], list(vars(node).values()), rebuild
+
+
+def _inside(node: Any) -> list[Any]:
+    """What a container or any object holds."""
+    parts = _container(node) or (_object(node) if _has_attributes(node) else None)
+    return [] if parts is None else parts[1]
+
+
+def _holds_itself(node: Any, around: tuple[int, ...] = ()) -> bool:
+    return id(node) in around or any(_holds_itself(inner, (*around, id(node))) for inner in _inside(node))
+
+
+def held(tree: Any, found: dict[int, Any] | None = None) -> Iterator[Any]:
+    """All tensors in containers and in attributes of objects, whatever these are.
+
+    >>> class Cache:
+    ...     def __init__(self): self.keys = [torch.ones(2)]
+    >>> list(held({"cache": Cache()}))
+    [tensor([1., 1.])]
+    """
+    found = {} if found is None else found
+    if isinstance(tree, torch.Tensor | Ref):
+        yield tree
+    elif id(tree) not in found and (inner := _inside(tree)):
+        found[id(tree)] = tree  # kept alive, so that its id stays its own
+        for value in inner:
+            yield from held(value, found)
+
+
+def remade(tree: Any, swap: Callable[[Any], Any], known: dict[int, tuple[Any, Any]] | None = None) -> Any:
+    """The same tree with other leaves, in which all is new that could be written into: containers and objects.
+
+    >>> kept = [{"a": 1}]
+    >>> twin = remade(kept, lambda leaf: leaf)
+    >>> twin == kept, twin[0] is kept[0]
+    (True, False)
+    """
+    known = {} if known is None else known
+    if id(tree) in known:
+        return known[id(tree)][1]
+    parts = _container(tree)
+    if parts is not None:
+        twin = parts[2]([remade(child, swap, known) for child in parts[1]])
+    elif _has_attributes(tree):
+        twin = copy.copy(tree)
+        known[id(tree)] = tree, twin
+        vars(twin).update({name: remade(value, swap, known) for name, value in vars(tree).items()})
+    else:
+        twin = swap(tree)
+    known[id(tree)] = tree, twin
+    return twin
+
+
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
-    """The same tree with every leaf replaced; a subtree in which nothing changes is kept as it is.
+    """The same tree with every leaf replaced; a container in which nothing changes is kept as it is.
 
     >>> map_leaves(lambda leaf: leaf * 2, {"a": (1, [2]), "b": 3})
     {'a': (2, [4]), 'b': 6}
     """
+    if is_object(tree):
+        return remade(tree, function)
     parts = children(tree)
     if parts is None:
         return function(tree)
@@ -123,31 +215,15 @@ def named_leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from named_leaves(child, name + accessor)
 
 
-def hidden(leaf: Any, found: set[int] | None = None) -> Iterator[Any]:
-    """What the attributes of a leaf reach: an object that is no container can carry tensors all the same.
-
-    >>> class Cache:
-    ...     def __init__(self): self.keys = [torch.ones(2)]
-    >>> list(hidden(Cache()))
-    [tensor([1., 1.])]
-    """
-    found = set() if found is None else found
-    if id(leaf) in found or isinstance(leaf, (type, nn.Module, torch.Tensor)) or not hasattr(leaf, "__dict__"):
-        return
-    found.add(id(leaf))
-    inner = [leaf.data] if isinstance(leaf, UserDict) else list(vars(leaf).values())
-    for value in leaves(inner):
-        if isinstance(value, torch.Tensor):
-            yield value
-        else:
-            yield from hidden(value, found)
-
-
 def fill(tree: Any, new: Sequence[Any]) -> Any:
     """The same tree with its leaves replaced from left to right.
 
     >>> fill({"a": (1, [2])}, ["x", "y"])
     {'a': ('x', ['y'])}
     """
-    following = iter(new)
-    return map_leaves(lambda _: next(following), tree)
+    return _filled(tree, iter(new))
+
+
+def _filled(tree: Any, new: Iterator[Any]) -> Any:
+    parts = children(tree)
+    return next(new) if parts is None else parts[2]([_filled(child, new) for child in parts[1]])
