@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from pipework import CaptureError, CutError, pipe_split, pipeline
@@ -374,6 +375,46 @@ def test_mask_made_by_vmap_in_the_trunk() -> None:
         rows = torch.arange(x.shape[0])
         mask = torch.vmap(torch.vmap(lambda i, j: i >= j, in_dims=(None, 0)), in_dims=(0, None))(rows, rows)
         x = self.one(x)
+        pipe_split()
+        return self.two(mask.to(x.dtype) @ x)
+
+    check(model, (numbers(grad=True),), want=2)
+
+
+class Reached(torch.autograd.Function):
+    """Whether a position is reached, as `TransformGetItemToIndex` looks into masks under vmap."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(mask: Tensor, i: Tensor) -> Tensor:
+        return torch.ops.aten.index(mask, [i])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class Asking(TorchFunctionMode):
+    """Turns `mask[i]` into `Reached`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__:
+            return Reached.apply(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def test_function_mode_put_on_in_the_trunk_while_it_is_recorded() -> None:
+    @trunk(one=linear(), two=linear())
+    def model(self: nn.Module, x: Tensor) -> Tensor:
+        rows = torch.arange(x.shape[0])
+        with Asking():
+            mask = torch.vmap(torch.vmap(lambda i, j: i >= rows[j], in_dims=(None, 0)), in_dims=(0, None))(rows, rows)
+            x = self.one(x)
         pipe_split()
         return self.two(mask.to(x.dtype) @ x)
 

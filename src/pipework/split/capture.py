@@ -172,7 +172,7 @@ class _Run:
         self.tape.stretch += 1
 
     def function(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        if self.tape.silent:
+        if self.tape.silent or self.applied is not None:
             return original(*args, **kwargs)
         return self.tape.record_unseen(original, lambda: original(*args, **kwargs), args, kwargs)
 

@@ -306,7 +306,7 @@ class Tape(TorchFunctionMode):
         self, target: Any, call: Callable[[], Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """`record` for a call that torch does not route through function modes by itself."""
-        with without_function_mode():
+        with without_function_mode(self):
             return self.record(target, call, args, kwargs)
 
     def _is_seen(self, leaf: Any) -> bool:

@@ -3,8 +3,9 @@
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch._C import _are_functorch_transforms_active as functorch_active
 from torch._C import _current_graph_task_id as graph_task
 from torch._C import _will_engine_execute_node
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import _pop_mode_temporarily as without_function_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import SUPPORTED_NODES as PYTREE_NODES
 
@@ -43,6 +44,28 @@ def version_of(tensor: torch.Tensor) -> int:
 def base_of(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor of which this one is a view, through however many others; itself if it is none."""
     return tensor if tensor._base is None else tensor._base
+
+
+@contextlib.contextmanager
+def without_function_mode(mode: TorchFunctionMode) -> Iterator[None]:
+    """Inside the block this mode is off, and those that were put on after it (`torch.device`, ...) stay on."""
+    stack = _get_current_function_mode_stack()
+    if mode not in stack:
+        yield
+        return
+    later = stack[stack.index(mode) + 1 :]
+    _replace_function_modes((mode, *later), later)
+    try:
+        yield
+    finally:
+        _replace_function_modes(later, (mode, *later))
+
+
+def _replace_function_modes(top: Sequence[TorchFunctionMode], other: Sequence[TorchFunctionMode]) -> None:
+    for _ in top:
+        _pop_mode()
+    for mode in other:
+        _push_mode(mode)
 
 
 def in_backward() -> bool:
