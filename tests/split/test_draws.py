@@ -101,6 +101,25 @@ def same_numbers(found: Any, wanted: Any) -> None:
         assert torch.equal(found.gradients[name], gradient), name
 
 
+def test_numbers_do_not_depend_on_which_experts_the_example_reaches() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts, self.drop = nn.ModuleList([Block(), Block()]), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            positive = bool(x.sum() > 0)
+            x = self.experts[positive](x)
+            return self.drop(x) if positive else x
+
+    made = nn.Sequential(Routed(), linear())
+    positive = numbers().abs()
+    one, other = (pipeline(made, (x,), split_spec=before("1")) for x in (positive, -positive))
+    for x in (positive, -positive):
+        assert torch.equal(stepping(one)(x)[0], stepping(other)(x)[0])
+    assert one.variant(one.example).drawing == other.variant(other.example).drawing
+
+
 def test_other_step_microbatch_or_seed_gives_other_numbers() -> None:
     made = model()
     pipe = pipeline(made, (numbers(),), split_spec=before("layers.1"))

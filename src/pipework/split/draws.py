@@ -28,6 +28,8 @@ from pipework.split.torch_private import in_backward
 _thread = threading.local()
 _generator = threading.Lock()
 
+_DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DrawKey:
@@ -63,6 +65,28 @@ def streams_on(device: torch.device) -> Callable[[str, int, int], None]:
             _begin(key, Draw(module, call, segment), device)
 
     return begin
+
+
+def with_unreached(
+    drawing: Mapping[str, Collection[str]], modules: Mapping[str, nn.Module], unreached: Collection[str]
+) -> dict[str, frozenset[str]]:
+    """The modules that draw, each with the modules that its forward calls, and those that may draw on other values.
+
+    A block that chooses by values what it calls (experts, layers skipped at random) leaves some modules unreached on
+    the example. They are taken to draw and to call what others of their class do.
+    """
+    found = {name: frozenset(called) for name, called in drawing.items()}
+    alike: dict[type[nn.Module], set[str]] = {}  # what modules of a class call, by path from the module
+    for name, called in drawing.items():
+        inner = {child.removeprefix(f"{name}.") for child in called if child.startswith(f"{name}.")}
+        alike.setdefault(type(modules[name]), set()).update(inner)
+    for name in unreached:
+        module = modules[name]
+        if type(module) in alike:
+            found[name] = frozenset(f"{name}.{child}" for child in alike[type(module)])
+        elif isinstance(module, _DROPOUTS) and module.training and module.p:
+            found[name] = frozenset()
+    return found
 
 
 @contextlib.contextmanager

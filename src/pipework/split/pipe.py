@@ -12,9 +12,10 @@ from torch import nn
 from pipework.errors import CutError, InputError, nearest
 from pipework.plan import Layout
 from pipework.split.arguments import Arguments, bind
-from pipework.split.capture import Recording, capture
+from pipework.split.capture import Recording, ancestors, capture
 from pipework.split.code import written
 from pipework.split.cut import Cut, cut, refuse_fake_constants
+from pipework.split.draws import with_unreached
 from pipework.split.guards import Guards, input_guards
 from pipework.split.marks import Mark, Marks, SplitPoint
 from pipework.split.points import CutPoints, PipeSplit
@@ -229,13 +230,21 @@ class Pipe(nn.Module):
             dataclasses.replace(whole, edges=with_ties(whole.edges, tied, stages)),
             tuple(codes),
             tuple(sources),
-            {name: recording.calls.get(name, frozenset()) for name in recording.drawing},
+            self._drawing(recording),
             recording.calls_before,
             recording.on_example,
             recording.changed_attributes,
             tied,
             input_guards(recording),
         )
+
+    def _drawing(self, recording: Recording) -> dict[str, frozenset[str]]:
+        """Which modules draw, or may draw on other values, and what each calls."""
+        modules = dict(self.model.named_modules())
+        closed = recording.called.keys() - recording.opened
+        unreached = [name for name in modules.keys() - recording.called.keys() if ancestors(name) & closed]
+        seen = {name: recording.calls.get(name, frozenset()) for name in recording.drawing}
+        return with_unreached(seen, modules, unreached)
 
     def _chosen(self, index: int) -> tuple[Code, str]:
         state = Surroundings.now(), self._trunk_state()
