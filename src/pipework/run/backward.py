@@ -79,7 +79,10 @@ def _conv_fits(module: Any, x: Tensor) -> bool:
 
 
 def _conv(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return module._conv_forward(x, weight, bias)
+    none = [0] * len(module.stride)
+    return torch.ops.aten.convolution(
+        x, weight, bias, module.stride, module.padding, module.dilation, False, none, module.groups
+    )
 
 
 def _conv_back(module: Any, gradient: Tensor, x: Tensor, weight: Tensor, mask: Mask) -> Gradients:
