@@ -69,7 +69,7 @@ def test_recorded_times_use_the_whole_width() -> None:
     times = ((0.0, 0.011), (0.0113, 0.0247), (0.012, 0.0251), (0.026, 0.041))
     actions = [(rank, action) for rank, order in enumerate(schedule.orders) for action in order]
     spans = tuple(Span(rank, action, *time) for (rank, action), time in zip(actions, times, strict=True))
-    assert Timeline(schedule, spans, Costs(unit="s")).text(width=50) == (
+    assert Timeline.recorded(schedule, spans).text(width=50) == (
         "rank 0  F0---------.F1-----------.................\n"
         "rank 1  ............F0------------.F1-------------\n"
         "makespan 41 ms, span 29 ms, bubble 36.0 %, peak\n"

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain, pairwise
 from random import Random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipework.errors import InputError
 from pipework.plan import Action, Costs, Kind, Layout, Schedule, Span, Timeline, forward_only, one_f_one_b, simulate
 from tests.plan.test_simulate import simulations
 from tests.strategies import at_once, schedules
@@ -34,7 +38,7 @@ def test_recorded_spans_make_a_timeline(schedule: Schedule, seed: int) -> None:
         for span in simulate(schedule).spans
     ]
     random.shuffle(recorded)
-    timeline = Timeline(schedule, tuple(recorded))
+    timeline = Timeline.recorded(schedule, recorded)
     planned = simulate(schedule)
     assert timeline.makespan == planned.makespan - 0.5
     assert timeline.peaks == planned.peaks
@@ -68,16 +72,55 @@ def test_a_recorded_path_follows_the_latest_predecessor() -> None:
     spans = tuple(
         Span(rank, action, *times[str(action)]) for rank, order in enumerate(schedule.orders) for action in order
     )
-    timeline = Timeline(schedule, spans)
+    timeline = Timeline.recorded(schedule, spans)
     assert [str(span.action) for span in timeline.critical_path()] == ["0F0", "1F0", "1B0", "0B0"]
     assert (timeline.start, timeline.makespan, timeline.span) == (5, 6, 6)
 
 
 def test_an_empty_timeline_is_all_zero() -> None:
-    timeline = Timeline(Schedule("nothing", Layout.loop(2), 1, ((), ())), ())
+    timeline = Timeline.recorded(Schedule("nothing", Layout.loop(2), 1, ((), ())), ())
     assert (timeline.makespan, timeline.span, timeline.bubble, timeline.peaks) == (0, 0, 0, (0, 0))
     assert timeline.critical_path() == ()
-    assert timeline.text().startswith("rank 0\nrank 1\nmakespan 0, ")
+    assert timeline.text().startswith("rank 0\nrank 1\nmakespan 0 µs, ")
+
+
+@given(schedules())
+def test_memory_is_what_has_begun_and_is_not_over(schedule: Schedule) -> None:
+    costs = Costs(activation=8.0, released_by_input_gradient=0.25)
+    timeline = simulate(schedule, costs)
+    for rank, groups in enumerate(at_once(schedule)):
+        levels: list[float] = []
+        for index, group in enumerate(groups):
+            before = [action for earlier in groups[:index] for action in earlier]
+            freed = sum(map(costs.released, before))
+            levels.append(sum(map(costs.held, [*before, *group])) - freed)
+            levels.append(levels[-1] - sum(map(costs.released, group)))
+        changed = [level for earlier, level in pairwise([0.0, *levels]) if level != earlier]
+        assert [level for _, level in timeline.memory(rank)] == changed
+        assert timeline.peak(rank) == max(levels, default=0.0)
+        times = [time for time, _ in timeline.memory(rank)]
+        assert times == sorted(times)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda spans: spans[1:], "0F0 of rank 0 was not recorded"),
+        (lambda spans: [replace(spans[0], rank=1), *spans[1:]], "0F0 of rank 0 was not recorded, or one_f_one_b has"),
+        (
+            lambda spans: [*spans, Span(1, Action.parse("1W0"), 0, 1)],
+            "1W0 was recorded on rank 1, where one_f_one_b has",
+        ),
+        (lambda spans: [*spans, spans[0]], "0F0 was recorded twice"),
+        (lambda spans: [replace(spans[0], start=99), *spans[1:]], "rank 0 is recorded to have done 0B0 before 0F0"),
+    ],
+)
+def test_what_was_not_recorded_of_this_schedule_makes_no_timeline(
+    change: Callable[[list[Span]], list[Span]], says: str
+) -> None:
+    schedule = one_f_one_b(Layout.loop(2), 1)
+    with pytest.raises(InputError, match=says):
+        Timeline.recorded(schedule, change(list(simulate(schedule).spans)))
 
 
 def test_peaks_count_from_the_start_of_a_forward_to_the_end_of_its_backward() -> None:

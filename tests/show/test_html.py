@@ -304,6 +304,6 @@ def test_write_gives_the_page_in_a_file(tmp_path: Path) -> None:
 def test_nothing_to_draw_is_refused() -> None:
     with pytest.raises(InputError, match="no timeline"):
         page({})
-    empty = Timeline(Schedule("empty", Layout.loop(1), 1, ((),)), ())
+    empty = Timeline.recorded(Schedule("empty", Layout.loop(1), 1, ((),)), ())
     with pytest.raises(InputError, match="'recorded' is empty"):
         page({"recorded": empty})

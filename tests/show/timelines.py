@@ -23,7 +23,7 @@ def recorded(plan: Timeline, seconds: Callable[[int], float], start: float = 471
         begin = max([free[span.rank], *(ends[need] for need in needs(span.action, schedule))])
         free[span.rank] = ends[span.action] = begin + (span.end - span.start) * seconds(index)
         spans.append(Span(span.rank, span.action, begin, free[span.rank]))
-    return Timeline(schedule, tuple(spans), Costs(unit="s"))
+    return Timeline.recorded(schedule, spans)
 
 
 @st.composite

@@ -5,6 +5,8 @@
 
 from pipework.plan.action import Action, Kind
 from pipework.plan.balance import balance
+from pipework.plan.bound import bound
+from pipework.plan.channels import Channels
 from pipework.plan.check import check
 from pipework.plan.costs import Costs
 from pipework.plan.families import FAMILIES, forward_only, gpipe, interleaved_one_f_one_b, looped_bfs, one_f_one_b
@@ -22,6 +24,7 @@ from pipework.plan.timeline import Span, Timeline
 __all__ = [
     "FAMILIES",
     "Action",
+    "Channels",
     "Compute",
     "Costs",
     "Instruction",
@@ -35,6 +38,7 @@ __all__ = [
     "Timeline",
     "Transfer",
     "balance",
+    "bound",
     "check",
     "forward_only",
     "gpipe",

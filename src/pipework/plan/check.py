@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pipework.errors import ScheduleError
-from pipework.plan.action import Action, Kind
+from pipework.plan.costs import UNIT
 from pipework.plan.schedule import Schedule
 from pipework.plan.walk import walk
 
@@ -11,122 +10,20 @@ from pipework.plan.walk import walk
 def check(schedule: Schedule) -> None:
     """Raises ScheduleError unless every rank, each in its own order, can carry the schedule to its end.
 
-    - Every stage does every microbatch once: F and either B or both I and W; in a forward-only schedule F alone.
+    - Every stage does every microbatch it takes once: F and either B or both I and W; in a forward-only schedule F
+      alone.
     - Every action is on the rank that holds its stage.
     - What overlaps are pairs, each of two actions in a row on a rank, of which neither waits for the other.
     - Sequences are whole, also in what a stage takes, and stages between which values flow take the same microbatches.
     - No rank waits for ever; when one would, `why` draws who waits for whom.
 
-    >>> from pipework.plan import Layout
+    Takes time in proportion to the number of actions.
+
+    >>> from pipework.plan import Action, Layout
     >>> order = tuple(map(Action.parse, ("0F0", "0B0", "0F1")))
     >>> check(Schedule("half", Layout.loop(1), 2, (order,)))
     Traceback (most recent call last):
     pipework.errors.ScheduleError: half is incomplete: 0B1 is never done
       remedy: add it to the order of rank 0
     """
-    _require_shape(schedule)
-    seen: set[Action] = set()
-    for rank, order in enumerate(schedule.orders):
-        for position, action in enumerate(order):
-            fault = _fault(action, rank, schedule)
-            if action in seen:
-                fault = "is done twice"
-            elif action in schedule.overlapped:
-                fault = fault or _unpaired(position, order, schedule)
-            if fault:
-                raise ScheduleError(f"{action} {fault}", where=f"{schedule.name}, rank {rank}, position {position}")
-            seen.add(action)
-    _require_complete(schedule, seen)
-    if stray := sorted(schedule.overlapped - seen, key=str):
-        raise ScheduleError(f"{stray[0]} of {schedule.name} should overlap with what follows it, but is never done")
-    for _ in walk(schedule):
-        pass
-
-
-def _require_shape(schedule: Schedule) -> None:
-    if schedule.microbatches < 1:
-        raise ScheduleError(f"{schedule.name} has {schedule.microbatches} microbatches", remedy="use at least 1")
-    if len(schedule.orders) != schedule.layout.ranks:
-        raise ScheduleError(
-            f"{schedule.name} has orders for {len(schedule.orders)} ranks, but its layout has {schedule.layout.ranks}",
-            remedy="give one order per rank, empty where a rank has nothing to do",
-        )
-
-    if schedule.slices < 1 or schedule.microbatches % schedule.slices:
-        raise ScheduleError(
-            f"{schedule.name} has {schedule.microbatches} microbatches, in sequences of {schedule.slices} slices",
-            remedy="microbatches count slices: use a multiple of slices, 1 or more",
-        )
-    if schedule.microbatches_of is not None:
-        _require_shares(schedule, schedule.microbatches_of)
-
-
-def _require_shares(schedule: Schedule, shares: tuple[tuple[int, ...], ...]) -> None:
-    """Raises ScheduleError unless every stage takes whole sequences, and the same as those that feed it."""
-    if len(shares) != schedule.layout.stages:
-        raise ScheduleError(
-            f"{schedule.name} gives microbatches for {len(shares)} stages, but its layout has {schedule.layout.stages}",
-            remedy="give one tuple per stage, or None if every stage takes all microbatches",
-        )
-    slices = schedule.slices
-    for stage, share in enumerate(shares):
-        sequences = sorted({microbatch // slices for microbatch in share if 0 <= microbatch < schedule.microbatches})
-        if share != tuple(n * slices + slice_ for n in sequences for slice_ in range(slices)):
-            raise ScheduleError(
-                f"{schedule.name} gives stage {stage} the microbatches {share}",
-                remedy=f"give whole sequences ({slices} in a row), ascending, each once, "
-                f"out of 0 to {schedule.microbatches - 1}",
-            )
-        for earlier in schedule.layout.fed_by(stage):
-            if share != shares[earlier]:
-                raise ScheduleError(
-                    f"{schedule.name} gives stage {stage} other microbatches than stage {earlier}, which feeds it",
-                    remedy="give both the same: only stages without edges between them can share microbatches out",
-                )
-    if untaken := set(range(schedule.microbatches)).difference(*shares):
-        raise ScheduleError(f"{schedule.name} gives microbatch {min(untaken)} to no stage")
-
-
-def _unpaired(position: int, order: tuple[Action, ...], schedule: Schedule) -> str:
-    """What is wrong with this overlap, or nothing."""
-    if position == len(order) - 1:
-        return "should overlap with what follows it, but is the last on its rank"
-    if order[position + 1] in schedule.overlapped:
-        return f"and {order[position + 1]} should both overlap with what follows them: only two run at once"
-    return ""
-
-
-def _fault(action: Action, rank: int, schedule: Schedule) -> str:
-    """What is wrong with this action where it stands, or nothing."""
-    layout = schedule.layout
-    if not 0 <= action.stage < layout.stages:
-        return f"is of an unknown stage: there are {layout.stages}"
-    if not 0 <= action.microbatch < schedule.microbatches:
-        return f"is of an unknown microbatch: there are {schedule.microbatches}"
-    if action.microbatch not in schedule.taken_by(action.stage):
-        return f"is of a microbatch that stage {action.stage} does not take"
-    if layout.rank_of[action.stage] != rank:
-        return f"is not at home: rank {layout.rank_of[action.stage]} holds stage {action.stage}"
-    if action.kind is Kind.BACKWARD and schedule.splits(action.stage, action.microbatch):
-        return "is a full backward of what is also done in two parts, I and W"
-    return ""
-
-
-def _require_complete(schedule: Schedule, seen: set[Action]) -> None:
-    for stage in range(schedule.layout.stages):
-        for microbatch in schedule.taken_by(stage):
-            for kind in _kinds(schedule, stage, microbatch):
-                action = Action(stage, kind, microbatch)
-                if action not in seen:
-                    raise ScheduleError(
-                        f"{schedule.name} is incomplete: {action} is never done",
-                        remedy=f"add it to the order of rank {schedule.layout.rank_of[stage]}",
-                    )
-
-
-def _kinds(schedule: Schedule, stage: int, microbatch: int) -> tuple[Kind, ...]:
-    if not schedule.trains:
-        return (Kind.FORWARD,)
-    if schedule.splits(stage, microbatch):
-        return (Kind.FORWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT)
-    return (Kind.FORWARD, Kind.BACKWARD)
+    walk(schedule, UNIT)

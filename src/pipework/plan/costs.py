@@ -110,6 +110,12 @@ class Costs:
             )
 
 
+UNIT = Costs()
+"""Every forward, input gradient and weight gradient takes 1, every transfer 0, in plain counts."""
+
+RECORDED = Costs(0.0, 0.0, 0.0, unit="s")
+"""What is known of the costs of a recorded step: that its times are seconds."""
+
 _PER_STAGE = ("forward", "input_gradient", "weight_gradient", "activation", "released_by_input_gradient")
 
 

@@ -15,13 +15,12 @@ from itertools import groupby
 
 from pipework.errors import ScheduleError
 from pipework.plan.advance import Placed, advance
-from pipework.plan.check import check
+from pipework.plan.costs import UNIT
 from pipework.plan.program import Compute, Program, Receive, Send
 from pipework.plan.prove import prove
 from pipework.plan.rules import is_local, transfers
 from pipework.plan.schedule import Schedule
-from pipework.plan.simulate import UNIT, simulate
-from pipework.plan.timeline import Span
+from pipework.plan.walk import walk
 
 
 def lower(schedule: Schedule, window: int = 1) -> tuple[Program, ...]:
@@ -41,7 +40,6 @@ def lower(schedule: Schedule, window: int = 1) -> tuple[Program, ...]:
     """
     if window < 0:
         raise ScheduleError(f"window={window} is negative", remedy="give 0 to leave receives where they are")
-    check(schedule)
     placed = _read_off(schedule)
     programs = tuple(Program(rank, tuple(instruction for _, instruction in each)) for rank, each in enumerate(placed))
     prove(programs)
@@ -57,14 +55,12 @@ def _read_off(schedule: Schedule) -> list[list[Placed]]:
     layout = schedule.layout
     placed: list[list[Placed]] = [[] for _ in schedule.orders]
     place = 0
-
-    def ends(span: Span) -> tuple[float, int]:
-        return span.end, span.rank
-
     # Whatever needs something ends later than it, since no unit cost is 0; among equals the rank decides. So what ends
-    # together on a rank are two actions that overlap, which a stable sort leaves in their order.
-    for (_, rank), at_once in groupby(sorted(simulate(schedule, UNIT).spans, key=ends), ends):
-        made = [span.action for span in at_once]
+    # together on a rank are two actions that overlap.
+    _, ends = walk(schedule, UNIT)
+    moments = sorted((end, rank, position) for rank, row in enumerate(ends) for position, end in enumerate(row))
+    for (_, rank), at_once in groupby(moments, lambda moment: moment[:2]):
+        made = [schedule.orders[rank][position] for _, _, position in at_once]
         for action in made:
             placed[rank].append((place, Compute(action)))
             place += 1

@@ -38,27 +38,25 @@ class Schedule:
     overlapped: frozenset[Action] = frozenset()
     slices: int = 1
     microbatches_of: tuple[tuple[int, ...], ...] | None = None
-    _split: frozenset[tuple[int, int]] = field(init=False, repr=False, compare=False)
-    _trains: bool = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        split = frozenset(
-            (action.stage, action.microbatch)
-            for order in self.orders
-            for action in order
-            if action.kind is Kind.INPUT_GRADIENT or action.kind is Kind.WEIGHT_GRADIENT
-        )
-        trains = any(action.kind is not Kind.FORWARD for order in self.orders for action in order)
-        object.__setattr__(self, "_split", split)
-        object.__setattr__(self, "_trains", trains)
+    # Found when first asked for: those who play millions of actions never ask.
+    _split: frozenset[tuple[int, int]] | None = field(init=False, repr=False, compare=False, default=None)
 
     @property
     def trains(self) -> bool:
         """Whether anything goes backward; False for a forward-only schedule."""
-        return self._trains
+        return any(action.kind is not Kind.FORWARD for order in self.orders for action in order)
 
     def splits(self, stage: int, microbatch: int) -> bool:
         """Whether this backward is split into an input gradient (I) and a weight gradient (W)."""
+        if self._split is None:
+            split = frozenset(
+                (action.stage, action.microbatch)
+                for order in self.orders
+                for action in order
+                if action.kind is Kind.INPUT_GRADIENT or action.kind is Kind.WEIGHT_GRADIENT
+            )
+            object.__setattr__(self, "_split", split)
+        assert self._split is not None
         return (stage, microbatch) in self._split
 
     def taken_by(self, stage: int) -> Sequence[int]:

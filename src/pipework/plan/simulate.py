@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from pipework.plan.action import Action
-from pipework.plan.costs import Costs
+from collections.abc import Sequence
+
+from pipework.plan.channels import Channels, play_through
+from pipework.plan.costs import UNIT, Costs
+from pipework.plan.lower import lower
+from pipework.plan.program import Program
 from pipework.plan.schedule import Schedule
-from pipework.plan.timeline import Span, Timeline
+from pipework.plan.timeline import Timeline
 from pipework.plan.walk import walk
 
-UNIT = Costs()
-"""Every forward, input gradient and weight gradient takes 1, every transfer 0, in plain counts."""
 
-
-def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
+def simulate(
+    schedule: Schedule, costs: Costs = UNIT, channels: Channels = "free", programs: Sequence[Program] | None = None
+) -> Timeline:
     """When each action runs if it starts as soon as its rank is free and all it needs has arrived.
 
-    Two actions that overlap start together once both may, and end together after the sum of their durations.
+    Two actions that overlap start together once both may, and end together after the sum of their durations. Transfers
+    take `costs.transfer` and never hold up a rank. By `channels` they wait for the value that they carry, and
 
-    Transfers take `costs.transfer`, never wait for each other and never hold up a rank. Times count from the first
-    start, in `costs.unit`. Takes time in proportion to the number of actions.
+    - `"free"`: for nothing else;
+    - `"edge"`: for those before them on their edge between stages, each direction by itself;
+    - `"pair"`: for those before them between the same two ranks, in either direction;
+    - `"rank"`: for all those before them on their two ranks: a transfer occupies both while it takes.
 
-    Raises ScheduleError if the schedule cannot proceed, or if the costs do not fit its layout.
+    Before and after are read off `programs`, those of `lower` unless given. No action ever starts earlier in a later
+    line of this list. Even a transfer that takes no time is waited for until its value exists.
+
+    Times count from the first start, in `costs.unit`. Takes time in proportion to the number of actions. Raises
+    ScheduleError if the schedule is not one (see `check`), if the costs do not fit its layout, and for programs that
+    are not its own or, with their transfers in these channels, cannot finish.
 
     >>> from pipework.plan import Layout, one_f_one_b
     >>> print(simulate(one_f_one_b(Layout.loop(3), microbatches=3)).text())
@@ -30,17 +41,7 @@ def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
     makespan 15, span 15, bubble 40.0 %, peak per rank 3 2 1
     """
     costs.require(schedule.layout)
-    layout = schedule.layout
-    free = [0.0] * len(schedule.orders)
-    ends: dict[Action, float] = {}
-    spans: list[Span] = []
-    for rank, at_once, needed in walk(schedule):
-        start = free[rank]
-        for action, each in zip(at_once, needed, strict=True):
-            for need in each:
-                start = max(start, ends[need] + costs.delay(need.stage, action.stage, layout))
-        free[rank] = start + sum(map(costs.duration, at_once))
-        for action in at_once:
-            ends[action] = free[rank]
-            spans.append(Span(rank, action, start, free[rank]))
-    return Timeline(schedule, tuple(spans), costs)
+    if channels == "free" and programs is None:
+        return Timeline(schedule, *walk(schedule, costs), costs)
+    programs = lower(schedule) if programs is None else programs
+    return Timeline(schedule, *play_through(channels, schedule, costs, programs), costs)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import final
 
-from pipework.plan.action import Action
-from pipework.plan.costs import Costs
-from pipework.plan.rules import needs
+from pipework.errors import InputError
+from pipework.plan.action import Action, Kind
+from pipework.plan.bound import bound
+from pipework.plan.costs import RECORDED, Costs
+from pipework.plan.critical import critical_path
 from pipework.plan.schedule import Schedule
 from pipework.plan.text import grid
+from pipework.plan.walk import Times
 
 
 @final
@@ -29,46 +34,80 @@ class Span:
 class Timeline:
     """A schedule's actions in time, in seconds or in plain counts: `unit` says which.
 
-    `simulate` makes one from costs. A real step makes one from the spans it measured, with `Costs(unit="s")`; only
-    differences of times matter, so any clock will do that all ranks share.
+    `simulate` makes one from costs, `Timeline.recorded` from what a real step measured. Only differences of times
+    matter, so any clock will do that all ranks share. `starts[rank]` and `ends[rank]` are in the order of the rank's
+    actions; spans are made of them when asked for.
 
         rank 0  F0 F1 .. .. B0 .. B1      makespan  from the first start on any rank to the last end on any rank
         rank 1  .. F0 B0 F1 B1            span      the longest stretch from a rank's own first start to its last end
 
     >>> from pipework.plan import Layout, one_f_one_b, simulate
     >>> timeline = simulate(one_f_one_b(Layout.loop(4), microbatches=8))
-    >>> timeline.makespan, timeline.span, timeline.peaks
-    (33.0, 33.0, (4.0, 3.0, 2.0, 1.0))
+    >>> timeline.makespan, timeline.span, timeline.peaks, timeline.bound
+    (33.0, 33.0, (4.0, 3.0, 2.0, 1.0), 33.0)
     """
 
     schedule: Schedule
-    spans: tuple[Span, ...]
+    starts: Times
+    ends: Times
     costs: Costs = field(default_factory=Costs)
-    _by_rank: tuple[tuple[Span, ...], ...] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        by_rank: list[list[Span]] = [[] for _ in range(self.schedule.layout.ranks)]
-        place = {action: place for order in self.schedule.orders for place, action in enumerate(order)}
-        for span in sorted(self.spans, key=lambda span: (span.start, span.end, place[span.action])):
-            by_rank[span.rank].append(span)
-        object.__setattr__(self, "_by_rank", tuple(map(tuple, by_rank)))
+    @classmethod
+    def recorded(cls, schedule: Schedule, spans: Iterable[Span], costs: Costs = RECORDED) -> Timeline:
+        """The timeline of one span for every action, in any order; what they cost is not known unless given.
+
+        Raises InputError if an action has none or several, and if a rank did its actions in another order.
+        """
+        span_of: dict[tuple[int, Action], Span] = {}
+        for span in spans:
+            if (span.rank, span.action) in span_of:
+                raise InputError(f"{span.action} was recorded twice on rank {span.rank}")
+            span_of[span.rank, span.action] = span
+        try:
+            rows = [[span_of.pop((rank, action)) for action in order] for rank, order in enumerate(schedule.orders)]
+        except KeyError as error:
+            rank, action = error.args[0]
+            raise InputError(f"{action} of rank {rank} was not recorded, or {schedule.name} has it twice") from None
+        if span_of:
+            rank, action = next(iter(span_of))
+            raise InputError(f"{action} was recorded on rank {rank}, where {schedule.name} has none")
+        for rank, row in enumerate(rows):
+            for one, other in pairwise(row):
+                if other.start < one.start:
+                    raise InputError(f"rank {rank} is recorded to have done {other.action} before {one.action}")
+        return cls(
+            schedule,
+            tuple(array("d", [span.start for span in row]) for row in rows),
+            tuple(array("d", [span.end for span in row]) for row in rows),
+            costs,
+        )
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """All spans, rank by rank."""
+        return tuple(span for rank in range(len(self.starts)) for span in self.rank(rank))
 
     def rank(self, rank: int) -> tuple[Span, ...]:
         """The spans of one rank, in order."""
-        return self._by_rank[rank]
+        return tuple(span for spans in self.at_once(rank) for span in spans)
 
     def at_once(self, rank: int) -> Iterator[tuple[Span, ...]]:
         """The spans of one rank, in order, two that ran at once together."""
-        spans = iter(self._by_rank[rank])
-        span = next(spans, None)
-        while span is not None:
-            following = next(spans, None)
-            if span.action in self.schedule.overlapped and following is not None and following.start == span.start:
-                yield span, following
-                following = next(spans, None)
-            else:
-                yield (span,)
-            span = following
+        order, starts, ends = self.schedule.orders[rank], self.starts[rank], self.ends[rank]
+        for begin, end in self.groups(rank):
+            yield tuple(Span(rank, order[i], starts[i], ends[i]) for i in range(begin, end))
+
+    def groups(self, rank: int) -> Iterator[tuple[int, int]]:
+        """The positions of a rank from which and before which actions ran alone, or two at once."""
+        order, starts, overlapped = self.schedule.orders[rank], self.starts[rank], self.schedule.overlapped
+        begin, length = 0, len(order)
+        while begin < length:
+            end = begin + 1
+            # A recording may tell that they did not.
+            if overlapped and order[begin] in overlapped and end < length and starts[end] == starts[begin]:
+                end += 1
+            yield begin, end
+            begin = end
 
     @property
     def unit(self) -> str:
@@ -78,12 +117,12 @@ class Timeline:
     @property
     def start(self) -> float:
         """When the first action on any rank started; 0 in a simulation and in an empty timeline."""
-        return min((span.start for span in self.spans), default=0.0)
+        return min((starts[0] for starts in self.starts if starts), default=0.0)
 
     @property
     def makespan(self) -> float:
         """The time from the first start on any rank to the last end on any rank."""
-        return max((span.end for span in self.spans), default=0.0) - self.start
+        return max((ends[-1] for ends in self.ends if ends), default=0.0) - self.start
 
     @property
     def span(self) -> float:
@@ -92,13 +131,17 @@ class Timeline:
         In a row of steps this is what a step costs where ranks need not wait for each other in between, and it is what
         claims of a "zero bubble" are about.
         """
-        return max((spans[-1].end - spans[0].start for spans in self._by_rank if spans), default=0.0)
+        times = zip(self.starts, self.ends, strict=True)
+        return max((ends[-1] - starts[0] for starts, ends in times if starts), default=0.0)
 
     @property
     def busy(self) -> float:
         """The time of compute, all ranks together; while two actions run at once, it counts once."""
-        ranks = range(self.schedule.layout.ranks)
-        return sum(spans[0].end - spans[0].start for rank in ranks for spans in self.at_once(rank))
+        return sum(
+            ends[begin] - starts[begin]
+            for rank, (starts, ends) in enumerate(zip(self.starts, self.ends, strict=True))
+            for begin, _ in self.groups(rank)
+        )
 
     @property
     def bubble(self) -> float:
@@ -113,17 +156,42 @@ class Timeline:
     def _idle(self, length: float) -> float:
         return 1 - self.busy / (self.schedule.layout.ranks * length) if length else 0.0
 
-    def peak(self, rank: int) -> float:
-        """The most activation memory alive at once on a rank, in the unit of `costs.activation`.
+    @property
+    def bound(self) -> float:
+        """What no order of the same actions on the same ranks can go below (see `pipework.plan.bound`).
+
+        It goes by the costs alone: 0 for a recording of which they are not known.
+        """
+        return bound(self.schedule, self.costs)
+
+    @property
+    def gap(self) -> float:
+        """The share of the makespan above the bound: 0 if no order could be shorter, 1 if nothing is known."""
+        return max(0.0, 1 - self.bound / self.makespan) if self.makespan else 0.0
+
+    def memory(self, rank: int) -> list[tuple[float, float]]:
+        """The activation memory alive on a rank, as (time, from then on) at each change, in `costs.activation`'s unit.
 
         An activation lives from the start of its forward to the end of its (weight gradient or full) backward.
         """
-        alive = most = 0.0
-        for spans in self.at_once(rank):
-            alive += sum(self.costs.held(span.action) for span in spans)
-            most = max(most, alive)
-            alive -= sum(self.costs.released(span.action) for span in spans)
-        return most
+        order, starts, ends = self.schedule.orders[rank], self.starts[rank], self.ends[rank]
+        work = [Action(stage, kind, 0) for stage in self.schedule.layout.held_by(rank) for kind in Kind]
+        held = {(action.stage, action.kind): self.costs.held(action) for action in work}
+        released = {(action.stage, action.kind): self.costs.released(action) for action in work}
+        alive, curve = 0.0, list[tuple[float, float]]()
+        for begin, end in self.groups(rank):
+            whats = [(action.stage, action.kind) for action in order[begin:end]]
+            if more := sum([held[what] for what in whats]):
+                alive += more
+                curve.append((starts[begin], alive))
+            if less := sum([released[what] for what in whats]):
+                alive -= less
+                curve.append((ends[begin], alive))
+        return curve
+
+    def peak(self, rank: int) -> float:
+        """The most activation memory alive at once on a rank, in the unit of `costs.activation`."""
+        return max((alive for _, alive in self.memory(rank)), default=0.0)
 
     @property
     def peaks(self) -> tuple[float, ...]:
@@ -134,45 +202,14 @@ class Timeline:
         """The chain of spans that made the step take as long as it did, first to last.
 
         Each waited for the one before it: the previous action on its rank, or one that it needs (and its transfer).
-        Of two that ran at once, the one that could have started later also stands before the other.
-        In a simulation each starts the moment its predecessor lets it; in a recorded timeline the predecessor is the
-        one that let it start last.
+        In a simulation with free channels each starts the moment its predecessor lets it; in any other timeline the
+        predecessor is the one that let it start last. Of two that ran at once, the one that could have started later
+        also stands before the other.
         """
-        if not self.spans:
-            return ()
-        span_of = {span.action: span for span in self.spans}
-        before: dict[Action, Span] = {}
-        other: dict[Action, Span] = {}
-        for rank in range(self.schedule.layout.ranks):
-            last: Span | None = None
-            for spans in self.at_once(rank):
-                for span in spans:
-                    if last is not None:
-                        before[span.action] = last
-                if len(spans) == 2:
-                    other[spans[0].action], other[spans[1].action] = spans[1], spans[0]
-                last = spans[-1]
-        path = [max(self.spans, key=lambda span: span.end)]
-        while True:
-            action = path[-1].action
-            # The rank's own comes first, so that among equals the path stays on its rank.
-            waits = [(before[action].end, action, before[action])] if action in before else []
-            for one in (action, other[action].action) if action in other else (action,):
-                waits += [
-                    (self._arrives(span_of[need], one), one, span_of[need])
-                    for need in needs(one, self.schedule)
-                    if need in span_of
-                ]
-            if not waits:
-                return tuple(reversed(path))
-            _, one, earlier = max(waits, key=lambda wait: wait[0])
-            if one != action:
-                path.append(other[action])
-            path.append(earlier)
-
-    def _arrives(self, earlier: Span, action: Action) -> float:
-        """When `earlier` is over and what it made has arrived at `action`'s stage."""
-        return earlier.end + self.costs.delay(earlier.action.stage, action.stage, self.schedule.layout)
+        return tuple(
+            Span(rank, self.schedule.orders[rank][i], self.starts[rank][i], self.ends[rank][i])
+            for rank, i in critical_path(self)
+        )
 
     def text(self, width: int | None = None) -> str:
         """The grid for a terminal, one row per rank, `width` columns at most, and a line of figures below."""

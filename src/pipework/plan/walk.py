@@ -2,15 +2,92 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TypeAlias, final
 
 from pipework.errors import ScheduleError
-from pipework.plan.action import Action
+from pipework.plan.costs import Costs
+from pipework.plan.numbers import Numbers, Work
 from pipework.plan.rules import needs
 from pipework.plan.schedule import Schedule
+
+Times: TypeAlias = "tuple[array[float], ...]"
+"""A time for each action, `times[rank][position]`."""
+
+
+def walk(schedule: Schedule, costs: Costs) -> tuple[Times, Times]:
+    """The starts and the ends of all actions, each as soon as its rank is free and all that it needs has arrived.
+
+    Each rank goes on until it needs what is not done yet, and is called again by whoever does it. Takes time in
+    proportion to the actions and their needs. Raises ScheduleError if the schedule is not whole (see `require_whole`),
+    and with the blocking chain if there is a point from which no rank can go on.
+    """
+    numbers = Numbers.of(schedule, costs)
+    work, period = numbers.work, numbers.period
+    done = array("d", [-1.0]) * numbers.size  # at an action's place: when it ended
+    starts = tuple(array("d") for _ in numbers.orders)
+    ends = tuple(array("d") for _ in numbers.orders)
+    waiting: dict[int, list[int]] = {}
+    ready = deque(range(len(starts)))
+    while ready:
+        rank = ready.popleft()
+        order, overlapped, started, ended = numbers.orders[rank], numbers.overlapped[rank], starts[rank], ends[rank]
+        position, length, free = len(started), len(order), ended[-1] if ended else 0.0
+        while position < length:
+            number = order[position]
+            needed, duration, place = work[number % period]
+            places = (number + place,)
+            if position in overlapped:
+                other = order[position + 1]
+                needed, duration, place = _both(work[number % period], work[other % period], other - number)
+                places += (number + place,)
+            start = free
+            for offset, delay in needed:
+                arrival = done[number + offset]
+                if arrival < 0.0:
+                    waiting.setdefault(number + offset, []).append(rank)
+                    break
+                arrival += delay
+                start = max(start, arrival)
+            else:
+                free = start + duration
+                for place in places:
+                    done[place] = free
+                    started.append(start)
+                    ended.append(free)
+                    position += 1
+                    if place in waiting:
+                        ready.extend(waiting.pop(place))
+                continue
+            break
+    if waiting:
+        raise _blocked(schedule, [len(started) for started in starts])
+    return starts, ends
+
+
+def _both(one: Work, other: Work, distance: int) -> Work:
+    """Two that run at once, seen from the number of the one; the other's is `distance` further on."""
+    needed = tuple((distance + offset, delay) for offset, delay in other.needs)
+    return Work(one.needs + needed, one.duration + other.duration, distance + other.place)
+
+
+def _blocked(schedule: Schedule, reached: Sequence[int]) -> ScheduleError:
+    done = {action for order, end in zip(schedule.orders, reached, strict=True) for action in order[:end]}
+    rank_of = schedule.layout.rank_of
+    waits: dict[int, Wait] = {}
+    for rank, (order, begin) in enumerate(zip(schedule.orders, reached, strict=True)):
+        if begin < len(order):
+            at_once = order[begin : begin + (2 if order[begin] in schedule.overlapped else 1)]
+            until = next(need for action in at_once for need in needs(action, schedule) if need not in done)
+            waits[rank] = Wait(" and ".join(map(str, at_once)), str(until), rank_of[until.stage])
+    return ScheduleError(
+        f"{schedule.name} cannot proceed: {len(waits)} of {len(schedule.orders)} ranks wait for ever",
+        why=blocking_chain(waits),
+        remedy="reorder the actions of one of these ranks so that what is waited for comes first",
+    )
 
 
 @final
@@ -21,56 +98,6 @@ class Wait:
     at: str
     until: str
     on: int | None
-
-
-def walk(schedule: Schedule) -> Iterator[tuple[int, tuple[Action, ...], list[tuple[Action, ...]]]]:
-    """Every action once, with its rank and what it needs, after all it needs and after the one before it on its rank.
-
-    Two actions that overlap come together, after all that either needs; any other comes alone.
-
-    Takes time in proportion to the actions and their needs. Raises ScheduleError, with the blocking chain, at the point
-    from which no rank can go on.
-    """
-    reached = [0] * len(schedule.orders)
-    done: set[Action] = set()
-    waiting: dict[Action, list[int]] = {}
-    ready = deque(range(len(schedule.orders)))
-    while ready:
-        rank = ready.popleft()
-        order = schedule.orders[rank]
-        while reached[rank] < len(order):
-            at_once = _at_once(schedule, rank, reached[rank])
-            needed = [needs(action, schedule) for action in at_once]
-            missing = next((need for each in needed for need in each if need not in done), None)
-            if missing is not None:
-                waiting.setdefault(missing, []).append(rank)
-                break
-            done.update(at_once)
-            reached[rank] += len(at_once)
-            yield rank, at_once, needed
-            for action in at_once:
-                ready.extend(waiting.pop(action, ()))
-    if waiting:
-        raise _blocked(schedule, {rank: need for need, ranks in waiting.items() for rank in ranks}, reached)
-
-
-def _at_once(schedule: Schedule, rank: int, position: int) -> tuple[Action, ...]:
-    """The action at this position, and with it the one that it overlaps with."""
-    order = schedule.orders[rank]
-    return order[position : position + (2 if order[position] in schedule.overlapped else 1)]
-
-
-def _blocked(schedule: Schedule, missing: Mapping[int, Action], reached: list[int]) -> ScheduleError:
-    coming = {action: rank for rank, order in enumerate(schedule.orders) for action in order[reached[rank] :]}
-    waits = {
-        rank: Wait(" and ".join(map(str, _at_once(schedule, rank, reached[rank]))), str(need), coming.get(need))
-        for rank, need in missing.items()
-    }
-    return ScheduleError(
-        f"{schedule.name} cannot proceed: {len(waits)} of {len(schedule.orders)} ranks wait for ever",
-        why=blocking_chain(waits),
-        remedy="reorder the actions of one of these ranks so that what is waited for comes first",
-    )
 
 
 def blocking_chain(waits: Mapping[int, Wait]) -> str:

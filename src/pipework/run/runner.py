@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pipework.errors import InputError, PipeworkError, TransportError
-from pipework.plan import Costs, Schedule, Span, Timeline, check
+from pipework.plan import Schedule, Span, Timeline, check
 from pipework.run.checkpoint import load
 from pipework.run.executor import Executor, Feed
 from pipework.run.inputs import Batch, Inputs
@@ -282,7 +282,7 @@ class Runner:
                 remedy="pass record=True to the runner, and make a step",
             )
         schedule, spans = self._recorded
-        return Timeline(schedule, tuple(spans), Costs(unit="s"))
+        return Timeline.recorded(schedule, spans)
 
     @property
     def outputs(self) -> Any:

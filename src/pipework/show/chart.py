@@ -165,14 +165,9 @@ class Chart:
     def _alive(self, rank: int, end: int) -> str:
         """A step curve of the activations alive, growing upwards from its base line."""
         base = 10 * (self._bar + _GAP + _MEMORY)
-        alive, path = 0.0, f"M0 {base}"
-        costs = self.timeline.costs
-        for spans in self.timeline.at_once(rank):
-            held, released = (sum(change(span.action) for span in spans) for change in (costs.held, costs.released))
-            for time, change in ((spans[0].start, held), (spans[0].end, -released)):
-                if change:
-                    alive += change
-                    path += f"H{self._x(time)}V{base - round(10 * _MEMORY * alive / self.memory)}"
+        path = f"M0 {base}"
+        for time, alive in self.timeline.memory(rank):
+            path += f"H{self._x(time)}V{base - round(10 * _MEMORY * alive / self.memory)}"
         return f"{path}H{end}V{base}Z"
 
     def _outlines(self) -> Iterator[str]:
