@@ -1,9 +1,13 @@
-"""One question, asked of every model here: does its pipe do exactly what the model does, and leave the model alone?"""
+"""One question, asked of every model here: does its pipe do exactly what the model does, and leave the model alone?
+
+It is asked of the pipe called in this process, and of a training step on ranks as threads.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,9 +17,11 @@ from torch import nn
 
 import pipework
 from pipework import CutPoints, SplitPoint
+from pipework.split.draws import DrawKey, drawing_for, streams
 from pipework.split.trees import children
 
 SEED = 1234
+MICROBATCHES = 2
 Spec = Mapping[str, SplitPoint] | CutPoints
 
 
@@ -161,6 +167,49 @@ def assert_same(found: Outcome, wanted: Outcome, strides: bool = True) -> None:
     assert torch.equal(found.generator, wanted.generator), "another number of draws"
 
 
+def weighed(output: Any) -> torch.Tensor | None:
+    """As `backward`, as one number."""
+    found = [t for t in dict.fromkeys(tensors(output)) if t.requires_grad]
+    generator = torch.Generator().manual_seed(SEED)
+    weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in found]
+    parts = [(t * weight).sum().real for t, weight in zip(found, weights, strict=True)]
+    return torch.stack(parts).sum() if parts else None
+
+
+def assert_trains(
+    model: nn.Module, args: Any, kwargs: Mapping[str, Any], spec: Spec | None = None, stages: int | None = None
+) -> None:
+    """One step under 1F1B, each microbatch on the whole example, against the same on the model, one after the other."""
+    model = copy.deepcopy(model)
+    model.zero_grad()
+    reference = copy.deepcopy(model)
+    pipe = pipework.pipeline(model, args, kwargs, split_spec=spec, stages=stages)
+    schedule = pipework.schedules.one_f_one_b(pipe.layout(pipe.num_stages), MICROBATCHES)
+    whole = dict.fromkeys(pipe.example.values)
+    runner = pipework.Runner(pipe, schedule, loss=lambda output, _: weighed(output), chunk_spec=whole)
+    losses: list[torch.Tensor] = []
+    rows: list[list[torch.Tensor]] = []
+    with streams(dict(reference.named_modules()), pipe.variant(pipe.example).drawing):
+        for microbatch in range(MICROBATCHES):
+            own_args, own_kwargs = copied((args, kwargs))
+            with drawing_for(DrawKey(runner.seed, 0, microbatch)):
+                loss = weighed(reference(*own_args, **own_kwargs))
+                if loss is None:
+                    return  # nothing to train
+                (loss / MICROBATCHES).backward()
+            losses.append(loss.detach())
+            rows.append(tensors((own_args, own_kwargs)))
+    args, kwargs = copied((args, kwargs))
+    same(runner.step(*args, **kwargs), torch.stack(losses).sum() / MICROBATCHES, "loss of the step")
+    gradients, wanted = ({n: p.grad for n, p in m.named_parameters()} for m in (model, reference))
+    same(gradients, wanted, "gradients of the step", strides=False)
+    for position, given in enumerate(tensors((args, kwargs))):
+        reached = [row[position].grad for row in rows if row[position].is_leaf and row[position].grad is not None]
+        wanted = functools.reduce(torch.add, reached) if reached else None
+        same(given.grad, wanted, f"gradient of input {position}", strides=False)
+    same(dict(model.named_buffers()), dict(reference.named_buffers()), "buffers after the step")
+
+
 def check(
     model: nn.Module,
     args: tuple[Any, ...] = (),
@@ -174,10 +223,11 @@ def check(
 ) -> pipework.Pipe:
     """Cut the model and compare the pipe with a copy of the model, in train and in eval mode, `calls` times each.
 
-    Also: the capture changes nothing, and the stages hold the model's own parameters under the model's own names.
+    Then train it for a step on ranks as threads. Also: the capture changes nothing, and the stages hold the model's own
+    parameters under the model's own names.
     """
     kwargs = dict(kwargs or {})
-    reference = copy.deepcopy(model)
+    reference, fresh = copy.deepcopy(model), copy.deepcopy(model)
     state = State.of(model)
     pipe = pipework.pipeline(model, args, kwargs, split_spec=spec, stages=stages)
     state.assert_still(model)
@@ -191,6 +241,7 @@ def check(
             found = outcome(pipe, model, args, kwargs, unwrap=isinstance(wanted.output, torch.Tensor))
             assert_same(found, wanted, strides)
     assert_names(pipe, model)
+    assert_trains(fresh.train(modes[0]), args, kwargs, spec, stages)
     return pipe
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipework import CaptureError, CutError, pipe_split, pipeline
 from tests.models import linear, numbers
-from tests.split.equality import State, assert_names, assert_same, outcome
+from tests.split.equality import State, assert_names, assert_same, assert_trains, outcome
 
 ROWS, WIDTH, LAYERS = 3, 4, 3
 
@@ -144,3 +144,4 @@ def test_pipe_equals_the_model_or_is_refused(model: Random, training: bool, inpu
     # What a stage writes into is its own copy, without the gaps between the elements of the original.
     assert_same(found, wanted, strides=False)
     assert_names(pipe, model)
+    assert_trains(reference, args, {})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from pipework.split.cut import Edge, Wire
 from pipework.split.draws import DrawKey, drawing_for
 from pipework.split.pipe import Variant
 from pipework.split.stage import Stage
+from pipework.split.tape import Surroundings
 
 SENDS_UNDER_WAY = 4
 """Messages of one edge that may be under way before the oldest is waited for; each holds its tensors in memory."""
@@ -116,6 +118,7 @@ class StageRun:
             name == own or name.startswith(own + ".") for name in variant.drawing for own in part.modules
         )
         self.calls_before = variant.calls_before[index] if draws else None
+        self.alone: contextlib.AbstractContextManager[Any] = _casting if _casts(variant) else _NOTHING
 
     def forward(self, microbatch: int, feed: Feed, received: Sequence[Sequence[torch.Tensor]]) -> Kept:
         """Run the stage on what came over each incoming edge."""
@@ -320,7 +323,7 @@ class _Step:
         action, run = work
         received = [self.arrived(end.edge.source, action) for end in run.incoming]
         begin = time.perf_counter()
-        with self.drawing(run, action):
+        with run.alone, self.drawing(run, action):
             kept = run.forward(action.microbatch, self.feed, received)
         self.record(action, begin)
         if self.executor.trains:
@@ -333,7 +336,7 @@ class _Step:
         kept = self.kept.pop(Action(action.stage, Kind.FORWARD, action.microbatch))
         gradients = [self.arrived(end.edge.target, action) for end in run.outgoing if end.back]
         begin = time.perf_counter()
-        with self.drawing(run, action):
+        with run.alone, self.drawing(run, action):
             if action.kind is Kind.BACKWARD:
                 run.backward(kept, gradients)
             else:
@@ -372,6 +375,16 @@ _DO: dict[Kind, Callable[[_Step, Any], None]] = {
     Kind.INPUT_GRADIENT: _Step.backward,
     Kind.WEIGHT_GRADIENT: _Step.weight_gradient,
 }
+
+_casting = threading.Lock()
+"""Who leaves an autocast region empties a cache that all threads share: of a model with such regions one stage runs."""
+
+
+def _casts(variant: Variant) -> bool:
+    """Whether the model's trunk switches autocast on."""
+    ambient = Surroundings.now().autocast
+    entries = (entry for part in variant.cut.parts for entry in part.entries)
+    return any(on for entry in entries for (_, on, _) in set(entry.surroundings.autocast).difference(ambient))
 
 
 def _returned(wire: Wire) -> Wire:

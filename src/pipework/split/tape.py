@@ -81,13 +81,22 @@ class Surroundings:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """The same switches in another thread, which does not inherit them."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(self.grad))
-            for device, enabled, dtype in self.autocast:
-                if enabled:
-                    stack.enter_context(torch.autocast(device, dtype))
-            yield
+        """The same switches in another thread, which does not inherit them.
+
+        Leaving `torch.autocast` empties the cache of casts, which is one for all threads, while others still use it.
+        """
+        on = [(device, dtype) for device, enabled, dtype in self.autocast if enabled]
+        for device, dtype in on:
+            torch.set_autocast_enabled(device, True)
+            torch.set_autocast_dtype(device, dtype)
+            torch.autocast_increment_nesting()
+        try:
+            with torch.set_grad_enabled(self.grad):
+                yield
+        finally:
+            for device, _ in on:
+                torch.set_autocast_enabled(device, False)
+                torch.autocast_decrement_nesting()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
