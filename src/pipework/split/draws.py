@@ -16,12 +16,13 @@ import dataclasses
 import hashlib
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from pipework.split.marks import listen
+from pipework.split.marks import listen, on_repeated
 from pipework.split.tape import Draw
 from pipework.split.torch_private import in_backward
 
@@ -134,13 +135,15 @@ class _Place:
     """Where a checkpoint finds a generator that it put back: no two moments of a forward have the same seed there."""
 
     module: str
-    moment: str  # the module's call begins, or goes on after a child
+    moment: str  # the module's call begins, or goes on after a child or a `pipe_split()`
     seed: int  # that of the stream before
 
     @classmethod
     def now(cls, module: str, moment: str) -> _Place:
         return cls(module, moment, torch.default_generator.initial_seed())
 
+
+_CHILD, _SPLIT = "goes on after a child", "goes on after a split"
 
 Noted = dict[_Place, tuple[DrawKey, Draw]]
 """The streams that began in the forward: a checkpoint's second forward begins them again, in whichever thread."""
@@ -151,11 +154,14 @@ class _Call:
 
     def __init__(self, key: DrawKey, draw: Draw, device: torch.device, noted: Noted) -> None:
         self.key, self.draw, self.device, self.noted = key, draw, device, noted
-        self.listener = listen(self.next_stretch)
+        self.listener = self.listen()
         _begin(key, draw, device)
 
-    def next_stretch(self) -> None:
-        place = _Place.now(self.draw.module, "goes on")
+    def listen(self) -> Callable[[], None] | None:
+        return listen(partial(self.next_stretch, _SPLIT))
+
+    def next_stretch(self, after: str) -> None:
+        place = _Place.now(self.draw.module, after)
         self.draw = dataclasses.replace(self.draw, segment=self.draw.segment + 1)
         self.noted[place] = self.key, self.draw
         _begin(self.key, self.draw, self.device)
@@ -201,11 +207,16 @@ def _watch(name: str, module: nn.Module, called: Collection[nn.Module], noted: N
     def child_returned(_: nn.Module, args: tuple[object, ...], *__: object) -> None:
         calls = under_way.get(threading.get_ident())
         if calls:
-            listen(calls[-1].next_stretch)
-            calls[-1].next_stretch()
-        elif in_backward() and (stream := noted.get(_Place.now(name, "goes on"))):  # a part of the forward is repeated
-            _begin(*stream, device or beside(args))
+            calls[-1].listen()
+            calls[-1].next_stretch(_CHILD)
+        else:
+            goes_on(_CHILD, device or beside(args))
 
+    def goes_on(after: str, where: torch.device) -> None:
+        if in_backward() and (stream := noted.get(_Place.now(name, after))):  # a part of the forward is repeated
+            _begin(*stream, where)
+
+    yield on_repeated(lambda: goes_on(_SPLIT, device or torch.device("cpu")))
     yield module.register_forward_pre_hook(begin, prepend=True)
     yield module.register_forward_hook(end, always_call=True)
     for child in called:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import enum
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+
+from torch.utils.hooks import RemovableHandle
 
 _thread = threading.local()
 
@@ -54,6 +57,19 @@ def pipe_split() -> None:
     listener = getattr(_thread, "listener", None)
     if listener is not None:
         listener()
+        return
+    for repeated in list(_repeated.values()):
+        repeated()
+
+
+_repeated: OrderedDict[int, Callable[[], None]] = OrderedDict()  # a plain dict cannot be referred to weakly
+
+
+def on_repeated(call: Callable[[], None]) -> RemovableHandle:
+    """Have a `pipe_split()` to which nobody listens call this too, in any thread: a checkpoint may have come to it."""
+    handle = RemovableHandle(_repeated)
+    _repeated[handle.id] = call
+    return handle
 
 
 def listen(listener: Callable[[], None] | None) -> Callable[[], None] | None:
