@@ -12,17 +12,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from pipework.errors import InputError
-from pipework.plan import Kind, Timeline
+from pipework.plan import Timeline
 from pipework.plan.figures import unit_for
 from pipework.show.chart import WINDOW, Chart, roomy_scale
+from pipework.show.colours import KINDS
 
-# Okabe and Ito's palette: colour-blind readers can tell these apart, and dark labels stay legible on all of them.
-_KINDS = {
-    Kind.FORWARD: ("forward", "#56b4e9"),
-    Kind.BACKWARD: ("backward", "#e69f00"),
-    Kind.INPUT_GRADIENT: ("input gradient", "#cc79a7"),
-    Kind.WEIGHT_GRADIENT: ("weight gradient", "#009e73"),
-}
 _WIDEST = 16_000  # pixels
 _WHOLE = 3 * WINDOW  # charts wider than this open as a whole, fitted to the window
 _APART = 20  # timelines whose makespans differ by more than this factor are not drawn to one scale
@@ -102,7 +96,7 @@ def _shades(timelines: Mapping[str, Timeline]) -> int:
 
 
 def _colours(shades: int) -> str:
-    hues = (f".{kind.value} {{ --hue: {hue}; }}" for kind, (_, hue) in _KINDS.items())
+    hues = (f".{kind.value} {{ --hue: {hue}; }}" for kind, (_, hue) in KINDS.items())
     lifts = (f".s{shade} {{ --lift: {50 * shade / (shades - 1):.0f}%; }}" for shade in range(1, shades))
     return "\n".join((*hues, *lifts))
 
@@ -111,7 +105,7 @@ def _legend(timelines: Mapping[str, Timeline], shades: int) -> str:
     drawn = {span.action.kind for timeline in timelines.values() for span in timeline.spans}
     entries = [
         f'<li class="{kind.value}"><i></i><span>{name}</span></li>'
-        for kind, (name, _) in _KINDS.items()
+        for kind, (name, _) in KINDS.items()
         if kind in drawn
     ]
     if shades > 1:
