@@ -79,6 +79,21 @@ def test_nodes_of_many_kinds() -> None:
     assert kept == {"a": 1}
 
 
+class Declared(OrderedDict[str, Any]):
+    """As transformers' ModelOutput: a registered dict that is made with its keys in an order of its own."""
+
+
+torch.utils._pytree.register_pytree_node(
+    Declared,
+    lambda node: (list(node.values()), list(node)),
+    lambda values, keys: Declared(sorted(zip(keys, values, strict=True))),
+)
+
+
+def test_registered_dict_keeps_the_order_of_its_keys() -> None:
+    assert list(fill(Declared(b=1, a=2), [3, 4]).items()) == [("b", 3), ("a", 4)]
+
+
 class Box:
     def __init__(self, **attributes: Any) -> None:
         self.__dict__.update(attributes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -82,7 +83,15 @@ def _registered(node: Any) -> Parts:
         accessors = [f"[{key!r}]" for key in node]
     else:
         accessors = [f"<{i}>" for i in range(len(found))]
-    return accessors, list(found), lambda new: definition.unflatten_fn(list(new), recipe)
+
+    def rebuild(new: Sequence[Any]) -> Any:
+        twin = definition.unflatten_fn(list(new), recipe)
+        if isinstance(node, OrderedDict) and list(twin) != list(node):
+            for key in node:  # a ModelOutput makes itself with its fields as they are declared, not as they were set
+                twin.move_to_end(key)
+        return twin
+
+    return accessors, list(found), rebuild
 
 
 def _dict_kind(node: Any) -> Parts:
