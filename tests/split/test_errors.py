@@ -112,6 +112,22 @@ def test_cut_inside_a_custom_function() -> None:
             pipeline(case, (numbers(grad=True),))
 
 
+def test_cut_inside_vmap() -> None:
+    @trunk(one=linear(), two=linear(), three=linear())
+    def model(self: nn.Module, x: Tensor) -> Tensor:
+        def row(y: Tensor) -> Tensor:
+            return self.two(self.one(y).sin())
+
+        return self.three(torch.vmap(row)(x))
+
+    for spec in (before("two"), {"one": SplitPoint.END}):
+        with pytest.raises(CutError, match=r"before stage 1 lies inside a call of torch\.vmap") as error:
+            pipeline(model, (numbers(),), split_spec=spec)
+        assert "test_errors.py" in str(error.value)
+    found = pipeline(model, (numbers(),), stages=2)  # leaves that place alone
+    assert torch.equal(found(numbers())[0], model(numbers()))
+
+
 def test_spec_and_stages_together() -> None:
     with pytest.raises(CutError, match="both split_spec and stages"):
         pipeline(layered(), (X,), split_spec=before("norm"), stages=2)

@@ -25,7 +25,7 @@ import torch
 
 from pipework.errors import CutError
 from pipework.split.capture import Recording
-from pipework.split.tape import ClosedModule, Entry, Origin, State, Value
+from pipework.split.tape import ClosedModule, Entry, Origin, State, Value, name_of
 from pipework.split.torch_private import FakeTensor
 from pipework.split.trees import Ref, leaves
 
@@ -129,6 +129,7 @@ class _Router:
 
     def cut(self) -> Cut:
         self._refuse_empty_stages()
+        self._refuse_cuts_in_vmap()
         groups: dict[int, list[Value]] = {}
         for value in self.values:
             if value.index in self.readers:
@@ -300,6 +301,20 @@ class _Router:
                     why=f"nothing is computed {place}",
                     remedy="remove the cut, or move it",
                 )
+
+    def _refuse_cuts_in_vmap(self) -> None:
+        depth, before = 0, self.entries[0]
+        for entry in self.entries:
+            if depth and entry.stage != before.stage:
+                raise CutError(
+                    f"the cut before stage {entry.stage} lies inside a call of torch.vmap",
+                    where=f"{self._label(entry.stage)}, after {before.title} at {before.source}",
+                    why="inside it a tensor stands for one of many, and cannot be handed on",
+                    remedy="cut before or after that call, or put it in a module that stays whole",
+                )
+            name = name_of(entry.target)
+            depth += (name == "_vmap_increment_nesting") - (name == "_vmap_decrement_nesting")
+            before = entry
 
     def _refuse_silent_cuts(self, edges: tuple[Edge, ...]) -> None:
         for stage in range(1, self.stages):

@@ -1,0 +1,103 @@
+"""Writes docs/schedules.md and its pictures from the families themselves: `python docs/make_schedules.py`."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+from pipework.plan import FAMILIES, Costs, Timeline, simulate
+from pipework.plan.families import Family
+from pipework.show.colours import KINDS
+from pipework.show.picture import picture
+
+HERE = Path(__file__).parent
+RANKS, MICROBATCHES = 4, 8
+
+INTRODUCTION = f"""\
+# Schedules
+
+Every family on this page is one function of `pipework.schedules`; it takes a layout and a number of microbatches and gives
+a `Schedule`, a value that is checked, simulated, drawn, compared and run. This page is written by
+`python docs/make_schedules.py`; figures and pictures are those of {RANKS} ranks and {MICROBATCHES} microbatches, where the share
+of the model on one rank takes 1 forward, 1 for the input gradient and 1 for the weight gradient, and transfers take nothing.
+`pipework compare` prints the same table for any costs, and `pipework draw FAMILY` draws one.
+
+- *Makespan* is from the first start to the last end on any rank, *span* that of the longest rank alone: in a row of steps
+  the next one may begin where a rank is done, so a claim of "zero bubble" is one about the span.
+- *Bubble* is the idle share of the span.
+- *Peak* is the most activation memory of any rank, in shares: 1 is what one microbatch keeps on one rank.
+- *Transfers* cross from rank to rank.
+"""
+EPILOGUE = """\
+## Which one?
+
+Start with `one_f_one_b`. If the bubble is too large and more microbatches cannot be had: with memory to spare
+`zero_bubble_h2` or `zero_bubble_2p`; with none to spare `zero_bubble_v`, which needs a model that can be cut into twice as
+many stages as ranks; with less than none `v_half` and `v_min`. `interleaved_one_f_one_b` is for models in which weight gradients
+cannot be split off. If stages cost unlike, `pipework search` finds an order for just these costs.
+
+Running a schedule that splits the backward changes no number: see the equality tests. What is split off are the weight
+gradients of `Linear`, `Conv` and `Embedding` modules; those of other modules come with the input gradient, and so do those of a
+weight that is used in other ways too, of a block that is compiled, and of a parameter with hooks.
+"""
+
+
+def timeline(family: Family) -> Timeline:
+    """Its schedule of the page's size, for costs that are those of one rank's share of the model."""
+    layout = family.layout(RANKS)
+    share = RANKS / layout.stages
+    replicas = 2 if layout.feeds(RANKS - 1) == () and layout.stages > RANKS else 1
+    costs = Costs(*[share * replicas] * 3, activation=share * replicas)
+    return simulate(family.plan(layout, MICROBATCHES, costs), costs)
+
+
+def overview(timelines: dict[str, Timeline]) -> str:
+    lines = [
+        "| family | stages per rank | makespan | span | bubble | peak | transfers | runs | paper |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, found in timelines.items():
+        family, layout = FAMILIES[name], found.schedule.layout
+        figures = [
+            f"[`{name}`](#{name})",
+            f"{layout.stages // layout.ranks}",
+            f"{found.makespan:g}",
+            f"{found.span:g}",
+            f"{100 * found.bubble_of_span:.1f} %",
+            f"{max(found.peaks):g}",
+            str(found.transfers),
+            "yes" if family.runs else "planned only",
+            f"[{family.paper}](https://arxiv.org/abs/{family.paper.removeprefix('arXiv:')})",
+        ]
+        lines.append(f"| {' | '.join(figures)} |")
+    return "\n".join(lines) + "\n"
+
+
+def section(name: str) -> str:
+    """What the function says of itself, without the example, and the picture."""
+    said = inspect.getdoc(FAMILIES[name].build) or ""
+    text = said.partition(">>>")[0].strip()
+    return f"## {name}\n\n{text}\n\n![{name}](images/schedules/{name}.svg)\n"
+
+
+def legend() -> str:
+    return "Colours: " + ", ".join(f"{name} ({kind.value})" for kind, (name, _) in KINDS.items()) + ".\n"
+
+
+def pages() -> dict[Path, str]:
+    """All that the page is made of, by path."""
+    timelines = {name: timeline(family) for name, family in FAMILIES.items()}
+    sections = "\n".join(section(name) for name in FAMILIES)
+    text = "\n".join((INTRODUCTION, overview(timelines), EPILOGUE, legend(), sections))
+    pictures = {HERE / "images" / "schedules" / f"{name}.svg": picture(found) for name, found in timelines.items()}
+    return {HERE / "schedules.md": text, **pictures}
+
+
+def main() -> None:
+    for path, text in pages().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
