@@ -17,6 +17,7 @@ from pipework.plan import (
     Receive,
     Schedule,
     Transfer,
+    check,
     gpipe,
     interleaved_one_f_one_b,
     looped_bfs,
@@ -24,6 +25,7 @@ from pipework.plan import (
     needs,
     one_f_one_b,
     prove,
+    simulate,
 )
 from tests.strategies import schedules
 
@@ -140,6 +142,18 @@ def test_a_large_schedule_is_lowered() -> None:
     programs = lower(schedule)
     assert sum(isinstance(each, Compute) for program in programs for each in program.instructions) == 32_768
     assert sum(map(len, map(transfers_of, programs))) == 2 * 2 * 63 * 256
+
+
+def test_64_ranks_and_512_microbatches_go_through_every_phase() -> None:
+    schedule = one_f_one_b(Layout.loop(64), 512)
+    check(schedule)
+    timeline = simulate(schedule)
+    assert timeline.makespan == timeline.bound == (512 + 63) * 3
+    assert timeline.peaks == tuple(range(64, 0, -1))
+    assert timeline.busy == 64 * 512 * 3
+    assert len(timeline.critical_path()) == 2 * 63 + 2 * 512
+    programs = lower(schedule)  # proven as lowered, and again with receives ahead
+    assert sum(map(len, map(transfers_of, programs))) == 2 * 2 * 63 * 512
 
 
 def test_in_a_ring_some_receives_stay_so_that_the_programs_finish() -> None:

@@ -17,9 +17,9 @@ from pipework.plan.timeline import Span, Timeline
 def measured(timelines: Sequence[Timeline]) -> Costs:
     """The costs of the actions in these timelines, in their unit: each stage's median durations, the median transfer.
 
-    The two halves of a backward count for half of it each; what never ran costs nothing. A transfer is measured where a
-    rank had nothing else to wait for: from the end of an action on one rank to the start of the one on another rank
-    that needs it. Activations are counted in microbatches.
+    The two halves of a backward count for half of it each; what never ran, or only at once with another, costs nothing.
+    A transfer is measured where a rank had nothing else to wait for: from the end of an action on one rank to the start
+    of the one on another rank that needs it. Activations are counted in microbatches.
 
     Raises InputError where there are no timelines, and where they differ in layout or unit.
 
@@ -34,7 +34,8 @@ def measured(timelines: Sequence[Timeline]) -> Costs:
             remedy="give the timelines of steps of one pipe on one layout, such as `runner.recorded` after each",
         )
     durations: defaultdict[tuple[int, Kind], list[float]] = defaultdict(list)
-    for span in (span for timeline in timelines for span in timeline.spans):
+    ranks = range(timelines[0].schedule.layout.ranks)
+    for span in (spans[0] for timeline in timelines for r in ranks for spans in timeline.at_once(r) if len(spans) == 1):
         stage, kind, duration = span.action.stage, span.action.kind, span.end - span.start
         if kind is Kind.BACKWARD:
             durations[stage, Kind.INPUT_GRADIENT].append(duration / 2)
@@ -59,9 +60,9 @@ def _waits(timeline: Timeline) -> Iterator[float]:
     """For each action that waited for another rank's: the time between the two."""
     span_of: dict[Action, Span] = {span.action: span for span in timeline.spans}
     for rank in range(timeline.schedule.layout.ranks):
-        for before, span in pairwise(timeline.rank(rank)):
+        for (*_, before), (span, *others) in pairwise(timeline.at_once(rank)):
             awaited = max(
                 (span_of[need] for need in needs(span.action, timeline.schedule)), key=lambda s: s.end, default=span
             )
-            if awaited.rank != rank and awaited.end > before.end:
+            if awaited.rank != rank and awaited.end > before.end and not others:
                 yield max(0.0, span.start - awaited.end)

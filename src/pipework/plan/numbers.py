@@ -124,19 +124,19 @@ def present_in(orders: tuple[array[int], ...], size: int) -> bytearray:
 
 def _work(schedule: Schedule, costs: Costs) -> tuple[Work, ...]:
     layout = schedule.layout
-    whole = replace(schedule, orders=())  # splits nothing, so that needs of the input gradient of others are B
+    bare = replace(schedule, orders=())  # it splits nothing, so that whoever needs an input gradient needs a B
 
     def number(action: Action) -> int:
         return 4 * (layout.stages * action.microbatch + action.stage) + _NUMBER_OF[action.kind]
 
     def place(action: Action) -> int:
-        return number(action if action.kind is not Kind.BACKWARD else replace(action, kind=Kind.INPUT_GRADIENT))
+        return number(replace(action, kind=Kind.INPUT_GRADIENT) if action.kind is Kind.BACKWARD else action)
 
     return tuple(
         Work(
             tuple(
                 (place(need) - number(action), costs.delay(need.stage, action.stage, layout))
-                for need in needs(action, whole)
+                for need in needs(action, bare)
             ),
             costs.duration(action),
             place(action) - number(action),

@@ -10,7 +10,7 @@ from pipework.plan.schedule import Schedule
 def require_whole(schedule: Schedule) -> None:
     """Raises ScheduleError for the first thing that is too much, missing or out of place (see `check`).
 
-    It asks about every action one by one, to name what is wrong; `number` finds faster that nothing is.
+    It goes through all actions one by one, to name what is wrong; `Numbers.of` sees faster that nothing is.
     """
     require_shape(schedule)
     seen: set[Action] = set()
@@ -36,7 +36,6 @@ def require_shape(schedule: Schedule) -> None:
             f"{schedule.name} has orders for {len(schedule.orders)} ranks, but its layout has {schedule.layout.ranks}",
             remedy="give one order per rank, empty where a rank has nothing to do",
         )
-
     if schedule.slices < 1 or schedule.microbatches % schedule.slices:
         raise ScheduleError(
             f"{schedule.name} has {schedule.microbatches} microbatches, in sequences of {schedule.slices} slices",
@@ -100,20 +99,15 @@ def _fault(action: Action, rank: int, schedule: Schedule) -> str:
 
 
 def _require_complete(schedule: Schedule, seen: set[Action]) -> None:
+    trains = schedule.trains
     for stage in range(schedule.layout.stages):
         for microbatch in schedule.taken_by(stage):
-            for kind in _kinds(schedule, stage, microbatch):
+            halves = (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT)
+            backward = halves if schedule.splits(stage, microbatch) else (Kind.BACKWARD,)
+            for kind in (Kind.FORWARD, *(backward if trains else ())):
                 action = Action(stage, kind, microbatch)
                 if action not in seen:
                     raise ScheduleError(
                         f"{schedule.name} is incomplete: {action} is never done",
                         remedy=f"add it to the order of rank {schedule.layout.rank_of[stage]}",
                     )
-
-
-def _kinds(schedule: Schedule, stage: int, microbatch: int) -> tuple[Kind, ...]:
-    if not schedule.trains:
-        return (Kind.FORWARD,)
-    if schedule.splits(stage, microbatch):
-        return (Kind.FORWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT)
-    return (Kind.FORWARD, Kind.BACKWARD)
