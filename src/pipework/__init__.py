@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Timeline,
         check,
         lower,
+        search,
         simulate,
     )
     from pipework.plan import families as schedules
@@ -76,6 +77,7 @@ __all__ = [
     "pipe_split",
     "pipeline",
     "schedules",
+    "search",
     "simulate",
     "verify",
 ]
@@ -91,7 +93,18 @@ _HOMES = {
         "ScheduleError",
         "TransportError",
     ),
-    "pipework.plan": ("Action", "Costs", "Kind", "Layout", "Schedule", "Timeline", "check", "lower", "simulate"),
+    "pipework.plan": (
+        "Action",
+        "Costs",
+        "Kind",
+        "Layout",
+        "Schedule",
+        "Timeline",
+        "check",
+        "lower",
+        "search",
+        "simulate",
+    ),
     "pipework.run": ("Runner",),
     "pipework.split": (
         "CutPoint",

@@ -17,6 +17,7 @@ from pipework.plan.program import Compute, Instruction, Program, Receive, Send
 from pipework.plan.prove import prove
 from pipework.plan.rules import Transfer, is_local, needs, transfers
 from pipework.plan.schedule import Schedule
+from pipework.plan.search import Found, search
 from pipework.plan.simulate import simulate
 from pipework.plan.text import grid
 from pipework.plan.timeline import Span, Timeline
@@ -27,6 +28,7 @@ __all__ = [
     "Channels",
     "Compute",
     "Costs",
+    "Found",
     "Instruction",
     "Kind",
     "Layout",
@@ -51,6 +53,7 @@ __all__ = [
     "needs",
     "one_f_one_b",
     "prove",
+    "search",
     "simulate",
     "transfers",
 ]
