@@ -21,7 +21,8 @@ from pipework.run import executor
 from pipework.run.executor import StageRun
 from pipework.run.losses import Losses
 from pipework.verify import Report, _compared
-from tests.end_to_end.cases import CASES, squared
+from tests.end_to_end.case import squared
+from tests.end_to_end.cases import CASES
 from tests.gloo import GlooPool
 from tests.models import WIDTH, linear, linears, numbers, trunk
 from tests.run.pipes import equal, gradients

@@ -20,6 +20,7 @@ from pipework.plan import FAMILIES, Kind, Layout, Schedule
 from pipework.run import Runner
 from pipework.run.losses import own_loss
 from pipework.split.arguments import Arguments, bind
+from pipework.split.arguments import named as arguments_by_name
 from pipework.split.draws import DrawKey, drawing_for, streams
 from pipework.split.marks import SplitPoint
 from pipework.split.microbatch import UNSAID, chunk, merge
@@ -130,7 +131,7 @@ def verify(  # noqa: PLR0913 (one for each thing that a user may vary)
     for name, parameter in runner.named_parameters():
         found += _compared("gradient", name, parameter.grad, expected.gradients[name])
     if group is None:  # of processes each has a share of an input's gradient
-        for (name, one), (_, other) in zip(_inputs(args, named), _inputs(*batch.split()), strict=True):
+        for (name, one), (_, other) in zip(_inputs(bind(model, args, named)), _inputs(batch), strict=True):
             found += _compared("gradient", name, one.grad, other.grad)
     buffers = dict(reference.named_buffers())
     for name, buffer in runner.named_buffers():
@@ -140,10 +141,10 @@ def verify(  # noqa: PLR0913 (one for each thing that a user may vary)
     return Report(plan.describe(), tuple(sorted(comparisons, key=lambda c: order[c.kind])))
 
 
-def _inputs(args: Any, kwargs: Any) -> list[tuple[str, torch.Tensor]]:
+def _inputs(arguments: Arguments) -> list[tuple[str, torch.Tensor]]:
     """The input tensors that want a gradient."""
-    found = [*named_leaves(args, "args"), *named_leaves(kwargs, "kwargs")]
-    return [(name, leaf) for name, leaf in found if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    found = [pair for pair in arguments_by_name(arguments.values) if isinstance(pair[1], torch.Tensor)]
+    return [(name, leaf) for name, leaf in found if leaf.requires_grad]
 
 
 def _own(given: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,28 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipework import pipe_split
+from tests.end_to_end.case import Case, plain
+from tests.end_to_end.user_cases import USER_CASES
 from tests.models import WIDTH, linear, linears, numbers, trunk
-
-Loss = Callable[[Any, Any], Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A model and one batch for it; with `loss` None the model computes its own."""
-
-    model: nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    target: Any
-    loss: Loss | None
-
-
-def squared(output: Any, target: Tensor) -> Tensor:
-    return F.mse_loss(output, target)
-
-
-def _plain(model: nn.Module, rows: int, **kwargs: Any) -> Case:
-    return Case(model, (numbers(rows, WIDTH),), kwargs, numbers(rows, WIDTH, seed=5), squared)
 
 
 def _skips(stages: int, rows: int) -> Case:
@@ -48,7 +29,7 @@ def _skips(stages: int, rows: int) -> Case:
             kept.append(h)
         return h + kept[max(0, len(kept) - 3)] * kept[0]
 
-    return _plain(model, rows)
+    return plain(model, rows)
 
 
 def _dropout(stages: int, rows: int) -> Case:
@@ -71,7 +52,7 @@ def _dropout(stages: int, rows: int) -> Case:
             x = F.dropout(layer(x), 0.1, self.training) + torch.rand_like(x) * 0.1
         return x
 
-    return _plain(model, rows)
+    return plain(model, rows)
 
 
 def _norms(stages: int, rows: int) -> Case:
@@ -85,7 +66,7 @@ def _norms(stages: int, rows: int) -> Case:
             x = norm(layer(x)).relu() + x
         return x
 
-    return _plain(model, 2 * rows)  # one row has no variance
+    return plain(model, 2 * rows)  # one row has no variance
 
 
 def _in_place(stages: int, rows: int) -> Case:
@@ -102,7 +83,7 @@ def _in_place(stages: int, rows: int) -> Case:
             h = layer(h) + side
         return h * side
 
-    return _plain(model, rows, shift=numbers(rows, 1, seed=8))
+    return plain(model, rows, shift=numbers(rows, 1, seed=8))
 
 
 def _kinds(stages: int, rows: int) -> Case:
@@ -125,7 +106,7 @@ def _kinds(stages: int, rows: int) -> Case:
             across = across * 0.5
         return h
 
-    return _plain(model, rows)
+    return plain(model, rows)
 
 
 def _frozen(stages: int, rows: int, *which: int) -> Case:
@@ -139,7 +120,7 @@ def _frozen(stages: int, rows: int, *which: int) -> Case:
 
     for number in which:
         model.get_submodule(f"layers.{number}").requires_grad_(False)
-    return _plain(model, rows)
+    return plain(model, rows)
 
 
 def _no_parameters(stages: int, rows: int) -> Case:
@@ -151,7 +132,7 @@ def _no_parameters(stages: int, rows: int) -> Case:
             h = h.tanh() * (number + 1)
         return h
 
-    return _plain(model, rows)
+    return plain(model, rows)
 
 
 def _tied(stages: int, rows: int) -> Case:
@@ -168,7 +149,7 @@ def _tied(stages: int, rows: int) -> Case:
     model.get_submodule(f"layers.{stages - 1}").weight = model.get_submodule("layers.0").weight
     for number in range(2, stages - 1):
         model.get_submodule(f"layers.{number}").bias = model.get_submodule("layers.1").bias
-    return _plain(model, rows)
+    return plain(model, rows)
 
 
 @dataclasses.dataclass
@@ -232,4 +213,5 @@ CASES: dict[str, Callable[[int, int], Case]] = {
     "tied": _tied,
     "own loss": _own_loss,
     "structured": _structured,
+    **USER_CASES,
 }

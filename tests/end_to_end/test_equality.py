@@ -35,7 +35,7 @@ def verified(run: Run, group: dist.ProcessGroup | None = None) -> str:
     )
     kinds = {comparison.kind for comparison in report.comparisons}
     assert kinds >= {"loss", "output", "gradient"}, kinds
-    assert name != "batch norm" or "buffer" in kinds
+    assert name not in ("batch norm", "buffers") or "buffer" in kinds
     return "" if report.equal else f"{run}\n{report.text()}"
 
 

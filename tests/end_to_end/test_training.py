@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import pipework
 from pipework import Runner
-from tests.end_to_end.cases import CASES, squared
+from tests.end_to_end.case import squared
+from tests.end_to_end.cases import CASES
 from tests.gloo import GlooPool
 from tests.models import WIDTH, linear, numbers, trunk
 from tests.run.pipes import equal, gradients

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import pipework
 from pipework import Pipe, Runner
-from tests.end_to_end.cases import CASES, Case, squared
+from tests.end_to_end.case import Case, squared
+from tests.end_to_end.cases import CASES
 from tests.models import WIDTH, numbers
 from tests.split.equality import before
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import pipework
 from pipework import InputError, MismatchError, PipeworkError, Runner
-from tests.end_to_end.cases import squared
+from tests.end_to_end.case import squared
 from tests.gloo import GlooPool
 from tests.models import WIDTH, linear, numbers, trunk
 from tests.run.pipes import case_runner, equal, gradients, piped, runner_of, sequence, unsplit
