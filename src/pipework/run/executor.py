@@ -19,6 +19,7 @@ import torch
 
 from pipework.plan import Action, Compute, Instruction, Kind, Layout, Program, Receive, Span, Transfer
 from pipework.run.backward import Later, SplitBackward
+from pipework.run.buffers import WrittenBuffers
 from pipework.run.tied import TiedStage, spread
 from pipework.run.transport import Arrival, Transport, Wait
 from pipework.split.cut import Edge, Wire
@@ -99,6 +100,7 @@ class StageRun:
             own = self.tied.own_parameters() if backwards.reorders else ()
             halves = SplitBackward(self.tied.stage, index, self.tied.leaves.values(), own)
             self.halves = dict.fromkeys(backwards.split, halves)
+        self.buffers = WrittenBuffers(stage, variant.written_buffers if trains else ())
         self.index, self.stage, self.code = index, self.tied.stage, variant.codes[index]
         self.device, self.trains = device, trains
         self.part = part = variant.cut.parts[index]
@@ -135,6 +137,7 @@ class StageRun:
                     taken[position] = taken[position].view_as(taken[position]).requires_grad_()
                     # Not read from `.grad`, which takes on the layout of the value: kernels choose by layout.
                     taken[position].register_hook(partial(gradients.__setitem__, position))
+        self.buffers.renew()
         halves = self.halves.get(microbatch)
         with halves.at_work() if halves else _NOTHING:
             out = self.code(self.stage, *taken)
@@ -225,6 +228,7 @@ class Executor:
         """One step; gradients are added to the parameters' own."""
         for run in self.runs:
             run.tied.refresh()
+            run.buffers.begin()
         step = _Step(self, feed)
         try:
             for do, what in self._program:
@@ -235,6 +239,7 @@ class Executor:
             raise
         finally:
             for run in self.runs:
+                run.buffers.settle()
                 for halves in run.halves.values():
                     halves.forget()
         if self._ties:

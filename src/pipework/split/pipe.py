@@ -41,6 +41,7 @@ class Variant:
     calls_before: tuple[Mapping[str, int], ...]
     on_example: bool
     changed_attributes: tuple[tuple[str, str, Any], ...]
+    written_buffers: frozenset[str]
     ties: tuple[Tie, ...]
     guards: Guards | None
 
@@ -234,6 +235,7 @@ class Pipe(nn.Module):
             recording.calls_before,
             recording.on_example,
             recording.changed_attributes,
+            recording.written_buffers,
             tied,
             input_guards(recording),
         )

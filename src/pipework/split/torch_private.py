@@ -15,6 +15,7 @@ from torch._C import _are_functorch_transforms_active as functorch_active
 from torch._C import _current_graph_task_id as graph_task
 from torch._C import _will_engine_execute_node
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import SUPPORTED_NODES as PYTREE_NODES
@@ -146,6 +147,7 @@ __all__ = [
     "VMAP_CALLS",
     "FakeTensor",
     "FakeTensorMode",
+    "NormWithStatistics",
     "TorchDispatchMode",
     "WithoutFunctionModes",
     "arguments_of",
