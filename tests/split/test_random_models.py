@@ -145,3 +145,20 @@ def test_pipe_equals_the_model_or_is_refused(model: Random, training: bool, inpu
     assert_same(found, wanted, strides=False)
     assert_names(pipe, model)
     assert_trains(reference, args, {})
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@given(model=models(), training=st.booleans(), example=st.sampled_from(["cpu", "meta"]))
+def test_without_values_it_is_the_same_pipe(model: Random, training: bool, example: str) -> None:
+    model.train(training)
+    args = (numbers(ROWS, WIDTH, grad=True), numbers(ROWS, WIDTH, seed=8, grad=True))
+    assume(reference_outcome(copy.deepcopy(model), args) is not None)
+    try:
+        real = pipeline(model, args)
+    except (CutError, CaptureError):
+        return
+    meta = pipeline(copy.deepcopy(model).to("meta"), tuple(t.detach().to(example).requires_grad_() for t in args))
+    assert meta.num_stages == real.num_stages
+    for index in range(real.num_stages):
+        assert meta.get_stage_module(index).source == real.get_stage_module(index).source
+    assert meta.variant(meta.example).cut.edges == real.variant(real.example).cut.edges

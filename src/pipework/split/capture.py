@@ -16,7 +16,7 @@ from pipework.errors import CaptureError, CutError, PipeworkError
 from pipework.split.arguments import named
 from pipework.split.checkpoints import taped, taped_reentrant
 from pipework.split.cost import Meter
-from pipework.split.fakes import fakes_for, undress
+from pipework.split.fakes import Fakes, Valueless, fakes_for, undress
 from pipework.split.generators import Watch
 from pipework.split.intercept import intercepted
 from pipework.split.marks import Marks, SplitPoint
@@ -180,11 +180,13 @@ class _Run:
 class _Operations(TorchDispatchMode):
     """Notices what each operation costs, and those that draw random numbers."""
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: _Run, fakes: Fakes | None) -> None:
         super().__init__()
-        self.run = run
+        self.run, self.fakes = run, fakes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.fakes is not None:
+            args, kwargs = self.fakes.without_lost_values(args, kwargs or {})
         if _draws(func, args, kwargs or {}):
             self.run.drew()
         out = func(*args, **(kwargs or {}))
@@ -268,19 +270,19 @@ def _run(
         if fakes is not None:
             inputs = map_leaves(fakes.of, inputs)
             fakes.dress(module)
-            stack.enter_context(fakes.mode)
-        else:
-            copies: dict[int, Any] = {}
-            inputs = map_leaves(lambda leaf: copies.setdefault(id(leaf), _own_copy(leaf)), inputs)
+        copies: dict[int, Any] = {}
+        inputs = map_leaves(lambda leaf: copies.setdefault(id(leaf), _own_copy(leaf)), inputs)
         kinds = _device_types(module)
         ambient = Surroundings.now(kinds)
         tape = Tape(_known(module, inputs), kinds, meter)
         run = _Run(names, opened, marks, tape)
         buffers = dict(module.named_buffers())
-        before = {name: (version_of(b), b if fakes else b.detach().clone()) for name, b in buffers.items()}
+        before = {
+            name: (version_of(b), b if isinstance(b, Valueless) else b.detach().clone()) for name, b in buffers.items()
+        }
         attributes = {name: dict(module.get_submodule(name).__dict__) for name in opened}
         stack.enter_context(intercepted(run, module))
-        stack.enter_context(_Operations(run))
+        stack.enter_context(_Operations(run, fakes))
         if meter:
             stack.enter_context(meter.watching(module))
         stack.enter_context(tape)
@@ -329,7 +331,7 @@ def _is_written(buffer: torch.Tensor, version: int, content: torch.Tensor) -> bo
 
 def _own_copy(leaf: Any) -> Any:
     """The model may write into its inputs: it gets copies."""
-    if not isinstance(leaf, torch.Tensor):
+    if not isinstance(leaf, torch.Tensor) or isinstance(leaf, Valueless):
         return leaf
     with torch.no_grad():
         twin = leaf.detach().clone(memory_format=torch.preserve_format)

@@ -25,8 +25,8 @@ import torch
 
 from pipework.errors import CutError
 from pipework.split.capture import Recording
+from pipework.split.fakes import Valueless
 from pipework.split.tape import ClosedModule, Entry, Origin, State, Value, name_of
-from pipework.split.torch_private import FakeTensor
 from pipework.split.trees import Ref, leaves
 
 
@@ -370,7 +370,7 @@ class _Router:
 def refuse_fake_constants(values: Iterable[Value]) -> None:
     """A constant is kept with the stage, so it must have been there before the run on fake tensors."""
     for value in values:
-        if value.origin is Origin.CONSTANT and (isinstance(value.tensor, FakeTensor) or value.tensor.is_meta):
+        if value.origin is Origin.CONSTANT and (isinstance(value.tensor, Valueless) or value.tensor.is_meta):
             raise CutError(
                 f"a tensor of shape {tuple(value.tensor.shape)} has no values",
                 why="it is no parameter and no buffer, and was made on the meta device or outside torch's functions",

@@ -7,18 +7,22 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._C import DisableTorchFunction as WithoutFunctionModes
 from torch._C import _are_functorch_transforms_active as functorch_active
 from torch._C import _current_graph_task_id as graph_task
+from torch._C import _disabled_torch_function_impl as plain_torch_function
 from torch._C import _will_engine_execute_node
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import return_and_correct_aliasing as aliased
 from torch.utils._pytree import SUPPORTED_NODES as PYTREE_NODES
+
+Tensor = TypeVar("Tensor", bound=torch.Tensor)
 
 functorch_vmap = importlib.import_module("torch._functorch.vmap")
 """The module in which vmap looks up the four calls below, which no function mode sees."""
@@ -135,6 +139,35 @@ def arguments_of(operation: torch._ops.OpOverload) -> list[str]:
     return [argument.name for argument in operation._schema.arguments]
 
 
+def written_by(operation: torch._ops.OpOverload, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The tensors that an operation writes into, among its arguments."""
+    found: list[torch.Tensor] = []
+    for number, argument in enumerate(operation._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[number] if number < len(args) else kwargs.get(argument.name)
+            found += [t for t in (given if isinstance(given, (list, tuple)) else [given]) if t is not None]
+    return found
+
+
+def wrapping(kind: type[Tensor], inner: torch.Tensor) -> Tensor:
+    """A tensor of a class of its own, laid out as another, without memory."""
+    return torch.Tensor._make_wrapper_subclass(
+        kind,
+        inner.size(),
+        strides=inner.stride(),
+        storage_offset=inner.storage_offset(),
+        dtype=inner.dtype,
+        layout=inner.layout,
+        device=inner.device,
+    )
+
+
+def share_memory(tensor: Tensor, other: torch.Tensor) -> Tensor:
+    """The tensor, which counts as a view of another one's memory from now on."""
+    torch._functionalize_unsafe_set(tensor, other)
+    return tensor
+
+
 def timeout_of(group: Any) -> timedelta:
     """How long a Gloo process group waits for another rank."""
     backend = group._get_backend(torch.device("cpu"))
@@ -150,6 +183,7 @@ __all__ = [
     "NormWithStatistics",
     "TorchDispatchMode",
     "WithoutFunctionModes",
+    "aliased",
     "arguments_of",
     "base_of",
     "buffers_of",
@@ -163,9 +197,13 @@ __all__ = [
     "is_compiled",
     "is_persistent",
     "parameters_of",
+    "plain_torch_function",
     "shallow_copy",
+    "share_memory",
     "storage_of",
     "timeout_of",
     "version_of",
     "without_function_mode",
+    "wrapping",
+    "written_by",
 ]
