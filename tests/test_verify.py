@@ -245,6 +245,8 @@ def test_schedules_by_name_by_function_and_as_they_are() -> None:
         report(schedule="gpip")
     with pytest.raises(InputError, match="forward_only only goes forward"):
         report(schedule="forward_only")
+    with pytest.raises(InputError, match="chimera can be planned but not run"):
+        report(schedule="chimera")
 
 
 def test_a_schedule_decides_the_number_of_microbatches() -> None:

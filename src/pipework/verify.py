@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pipework.errors import InputError, nearest
-from pipework.plan import FAMILIES, Kind, Layout, Schedule
+from pipework.plan import FAMILIES, Family, Kind, Layout, Schedule
 from pipework.run import Runner
 from pipework.run.losses import own_loss
 from pipework.split.arguments import Arguments, bind
@@ -119,8 +119,10 @@ def verify(  # noqa: PLR0913 (one for each thing that a user may vary)
     args, named = _own((args, dict(kwargs or {})))
     batch = bind(model, *_own((args, named)))
     parts = [batch.with_values(values) for values in chunk(batch.values, microbatches)]
-    pipe = _pipe(pipelined, parts[0], split_spec, stages, ranks)
-    plan = _schedule(schedule, pipe, ranks, microbatches)
+    wanted = _family(schedule) if isinstance(schedule, str) else schedule
+    usual = wanted.layout(ranks).stages if isinstance(wanted, Family) else ranks
+    pipe = _pipe(pipelined, parts[0], split_spec, stages, usual)
+    plan = _schedule(wanted, pipe, ranks, microbatches)
     runner = Runner(pipe, plan, loss=loss, group=group)
     runner.keep_outputs = True
     total = runner.step(*args, target=target, **named)
@@ -165,26 +167,39 @@ def _pipe(
     example: Arguments,
     split_spec: Mapping[str, SplitPoint] | CutPoints | None,
     stages: int | None,
-    ranks: int,
+    usual: int,
 ) -> Pipe:
     args, kwargs = example.split()
     if split_spec is None and stages is None:
         pipe = pipeline(model, args, kwargs)
-        return pipe if pipe.num_stages > 1 else pipeline(model, args, kwargs, stages=ranks)
+        return pipe if pipe.num_stages > 1 else pipeline(model, args, kwargs, stages=usual)
     return pipeline(model, args, kwargs, split_spec=split_spec, stages=stages)
 
 
-def _schedule(wanted: Any, pipe: Pipe, ranks: int, microbatches: int) -> Schedule:
+def _family(name: str) -> Family:
+    if name not in FAMILIES:
+        raise InputError(
+            f"there is no schedule {name!r}",
+            why="the families are" + f" {', '.join(FAMILIES)}{nearest(name, FAMILIES)}",
+        )
+    if not FAMILIES[name].runs:
+        raise InputError(
+            f"{name} can be planned but not run",
+            why="a pipe has one of each stage, and stages hand nothing from slice to slice of a sequence",
+            remedy="verify another family",
+        )
+    return FAMILIES[name]
+
+
+def _schedule(
+    wanted: Family | Schedule | Callable[[Layout, int], Schedule], pipe: Pipe, ranks: int, microbatches: int
+) -> Schedule:
     if isinstance(wanted, Schedule):
         return wanted
-    if isinstance(wanted, str):
-        if wanted not in FAMILIES:
-            raise InputError(
-                f"there is no schedule {wanted!r}",
-                why="the families are" + f" {', '.join(FAMILIES)}{nearest(wanted, FAMILIES)}",
-            )
-        wanted = FAMILIES[wanted]
-    schedule = wanted(pipe.layout(ranks), microbatches)
+    if isinstance(wanted, Family):
+        schedule = wanted.build(pipe.layout(ranks, wanted.layout), microbatches)
+    else:
+        schedule = wanted(pipe.layout(ranks), microbatches)
     if not schedule.trains:
         raise InputError(f"{schedule.name} only goes forward", remedy="verify a schedule that trains")
     return schedule

@@ -7,15 +7,10 @@ import torch.distributed as dist
 
 import pipework
 from tests.end_to_end.cases import CASES
+from tests.families import PER_RANK
 from tests.gloo import GlooPool
 
-PER_RANK = {"gpipe": 1, "one_f_one_b": 1, "interleaved_one_f_one_b": 2, "looped_bfs": 2}
 Run = tuple[str, str, int, int]  # case, family, ranks, microbatches
-
-
-def is_defined(family: str, ranks: int, microbatches: int) -> bool:
-    rounds = max(1, microbatches // ranks)
-    return family != "interleaved_one_f_one_b" or microbatches % rounds == 0
 
 
 def verified(run: Run, group: dist.ProcessGroup | None = None) -> str:
@@ -43,8 +38,7 @@ def verified(run: Run, group: dist.ProcessGroup | None = None) -> str:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_number_of_microbatches_on_threads(family: str, ranks: int) -> None:
     for microbatches in range(1, 3 * ranks + 1):
-        if is_defined(family, ranks, microbatches):
-            assert not verified(("skips", family, ranks, microbatches))
+        assert not verified(("skips", family, ranks, microbatches))
 
 
 @pytest.mark.parametrize("family", PER_RANK)
@@ -67,10 +61,5 @@ def test_every_model_on_processes(gloo_pool: GlooPool, family: str, ranks: int) 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_numbers_of_microbatches_on_processes(gloo_pool: GlooPool, ranks: int) -> None:
-    runs = [
-        ("skips", family, ranks, microbatches)
-        for family in PER_RANK
-        for microbatches in (1, 3 * ranks)
-        if is_defined(family, ranks, microbatches)
-    ]
+    runs = [("skips", family, ranks, microbatches) for family in PER_RANK for microbatches in (1, 3 * ranks)]
     assert gloo_pool.run(all_verified, runs, ranks=ranks) == [[]] * ranks

@@ -82,7 +82,7 @@ def train(
     tokens, _ = batches()[0]
     names = [f"layers.{LAYERS * stage // stages}" for stage in range(1, stages)]
     pipe = pipework.pipeline(model, (tokens[:2],), split_spec=before(*names))
-    runner = Runner(pipe, pipework.schedules.FAMILIES[family](pipe.layout(ranks), 3), loss=crossed, group=group)
+    runner = Runner(pipe, pipework.schedules.FAMILIES[family].build(pipe.layout(ranks), 3), loss=crossed, group=group)
     optimizer, losses = torch.optim.AdamW(runner.parameters(), 0.01), []
     for x, y in batches():
         optimizer.zero_grad()
@@ -186,7 +186,7 @@ def two_steps(stages: int, family: str, ranks: int, group: dist.ProcessGroup | N
     model = dropped()
     names = [f"layers.{8 * stage // stages}" for stage in range(1, stages)]
     pipe = pipework.pipeline(model, (numbers(2, WIDTH),), split_spec=before(*names))
-    runner = Runner(pipe, pipework.schedules.FAMILIES[family](pipe.layout(ranks), 4), loss=squared, group=group)
+    runner = Runner(pipe, pipework.schedules.FAMILIES[family].build(pipe.layout(ranks), 4), loss=squared, group=group)
     generator = torch.get_rng_state()
     losses = [runner.step(numbers(8, WIDTH), target=numbers(8, WIDTH, seed=5)) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), generator)

@@ -36,7 +36,7 @@ def runner_of(
     """1F1B where it is defined, interleaved where there are several stages per rank."""
     layout = pipe.layout(ranks)
     family = "one_f_one_b" if layout.stages == ranks else "interleaved_one_f_one_b"
-    schedule = pipework.schedules.FAMILIES[family](layout, microbatches)
+    schedule = pipework.schedules.FAMILIES[family].build(layout, microbatches)
     return Runner(pipe, schedule, group=group, **{"loss": squared, **options})
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import pipework
 from pipework.errors import MismatchError
-from pipework.plan import FAMILIES
 from pipework.verify import Report
+from tests.families import PER_RANK
 from tests.gloo import GlooPool
 
 MICROBATCHES = 4
@@ -84,8 +84,7 @@ def report(family: str, ranks: int, group: Any = None) -> Report:
 
 
 def cases() -> list[tuple[str, int]]:
-    several = ("interleaved_one_f_one_b", "looped_bfs")
-    return [(name, 2 if name in several else 4) for name in FAMILIES if name != "forward_only"]
+    return [(name, 4 // per_rank) for name, per_rank in PER_RANK.items()]
 
 
 @pytest.mark.parametrize(("family", "ranks"), cases())

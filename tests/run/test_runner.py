@@ -341,7 +341,7 @@ def test_outputs_are_kept_on_request() -> None:
 @pytest.mark.parametrize("family", ["gpipe", "one_f_one_b", "interleaved_one_f_one_b", "looped_bfs"])
 def test_the_recorded_timeline(family: str, ranks: int) -> None:
     pipe = piped(sequence(8), *map(str, range(1, 8 if family[0] in "il" else ranks)))
-    schedule = pipework.schedules.FAMILIES[family](pipe.layout(ranks), 4)
+    schedule = pipework.schedules.FAMILIES[family].build(pipe.layout(ranks), 4)
     runner = Runner(pipe, schedule, loss=F.mse_loss)
     with pytest.raises(PipeworkError, match="no step was recorded"):
         _ = runner.recorded

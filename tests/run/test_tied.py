@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import pipework
 from pipework import SplitPoint
-from pipework.plan import FAMILIES
 from pipework.verify import Report
+from tests.families import PER_RANK
 from tests.gloo import GlooPool
 
 MICROBATCHES = 4
@@ -87,15 +87,11 @@ def report(model: nn.Module, split: Any, family: str, ranks: int, group: Any = N
     )
 
 
-TRAINING = [name for name in FAMILIES if name != "forward_only"]
-
-
 def cases() -> list[Any]:
     found = []
-    for family in TRAINING:
-        several = family in ("interleaved_one_f_one_b", "looped_bfs")
-        found.append(pytest.param(Tied, "four" if several else "two", family, 2, id=f"tied-{family}"))
-        found.append(pytest.param(Recurrent, None, family, 2 if several else 4, id=f"recurrent-{family}"))
+    for family, per_rank in PER_RANK.items():
+        found.append(pytest.param(Tied, {1: "two", 2: "four"}[per_rank], family, 2, id=f"tied-{family}"))
+        found.append(pytest.param(Recurrent, None, family, 4 // per_rank, id=f"recurrent-{family}"))
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pipework.cli.terminal import percent, print_timeline
 from pipework.errors import InputError, ScheduleError, nearest
-from pipework.plan import FAMILIES, Costs, Layout, Schedule, Timeline, is_local, simulate, transfers
+from pipework.plan import FAMILIES, Costs, Family, Kind, Timeline, is_local, simulate, transfers
 from pipework.show import html, trace
 
 app = typer.Typer(
@@ -25,8 +25,8 @@ app = typer.Typer(
 
 _FAMILIES = ", ".join(FAMILIES)
 
-Family = Annotated[str, typer.Argument(metavar="FAMILY", help=f"One of {_FAMILIES}.")]
-Families = Annotated[
+Name = Annotated[str, typer.Argument(metavar="FAMILY", help=f"One of {_FAMILIES}.")]
+Names = Annotated[
     list[str] | None, typer.Argument(metavar="[FAMILY]...", help=f"Of {_FAMILIES}; all that train unless given.")
 ]
 Factory = Annotated[
@@ -51,6 +51,7 @@ Cut = Annotated[
 ]
 Ranks = Annotated[int, typer.Option(min=1, help="Number of ranks.")]
 Microbatches = Annotated[int, typer.Option(min=1, help="Number of microbatches.")]
+PerRank = Annotated[int | None, typer.Option(min=1, help="Stages per rank; unless given, as is usual for the family.")]
 Duration = Annotated[float, typer.Option(min=0, metavar="NUMBER", help="How long it takes, in any one unit.")]
 Page = Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw to an HTML page.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
@@ -109,12 +110,10 @@ def split(
 
 @app.command()
 def draw(  # noqa: PLR0913, PLR0917 - an option each
-    family: Family,
+    family: Name,
     ranks: Ranks = 4,
     microbatches: Microbatches = 8,
-    per_rank: Annotated[
-        int | None, typer.Option(min=1, help="Stages per rank; unless given, 1 where the family allows it, else 2.")
-    ] = None,
+    per_rank: PerRank = None,
     forward: Duration = 1.0,
     input_gradient: Duration = 1.0,
     weight_gradient: Duration = 1.0,
@@ -126,8 +125,10 @@ def draw(  # noqa: PLR0913, PLR0917 - an option each
     json: Json = False,
 ) -> None:
     """Draw a schedule as a grid of ranks over time. The durations are those of one stage's work on one microbatch."""
-    schedule = _schedule(family, ranks, (1, 2) if per_rank is None else (per_rank,), microbatches)
-    timeline = simulate(schedule, Costs(forward, input_gradient, weight_gradient, transfer))
+    costs = Costs(forward, input_gradient, weight_gradient, transfer)
+    known = _family(family)
+    schedule = known.plan(known.layout(ranks, per_rank), microbatches, costs)
+    timeline = simulate(schedule, costs)
     if page is not None:
         _write(page, html.page({family: timeline}, title=schedule.describe()))
     if trace_file is not None:
@@ -140,12 +141,12 @@ def draw(  # noqa: PLR0913, PLR0917 - an option each
 
 @app.command()
 def compare(  # noqa: PLR0913, PLR0917 - an option each
-    families: Families = None,
+    families: Names = None,
     ranks: Ranks = 4,
     microbatches: Microbatches = 8,
     per_rank: Annotated[
-        int, typer.Option(min=1, help="Stages per rank of the families that take several; the others have one.")
-    ] = 2,
+        int | None, typer.Option(min=1, help="Stages per rank of the families that take several; the others have one.")
+    ] = None,
     forward: Duration = 1.0,
     input_gradient: Duration = 1.0,
     weight_gradient: Duration = 1.0,
@@ -158,17 +159,22 @@ def compare(  # noqa: PLR0913, PLR0917 - an option each
     The durations are those of one rank's share of the model on one microbatch, all its stages together, so that
     families with one stage per rank and with several compare. Activations are counted in such shares, too.
     """
+
+    def costs(share: float) -> Costs:
+        return Costs(share * forward, share * input_gradient, share * weight_gradient, transfer, activation=share)
+
     timelines: dict[str, Timeline] = {}
     refused: dict[str, ScheduleError] = {}
-    for family in dict.fromkeys(families or _training_families()):
+    for name in dict.fromkeys(families or _training_families()):
+        family = _family(name)
         try:
-            schedule = _schedule(family, ranks, (per_rank, 1), microbatches)
+            layout = family.layout(ranks, per_rank if family.per_rank > 1 else None)
+            schedule = family.plan(layout, microbatches, costs(ranks / layout.stages))
         except ScheduleError as error:
-            refused[family] = error
+            refused[name] = error
             continue
-        share = ranks / schedule.layout.stages
-        costs = Costs(share * forward, share * input_gradient, share * weight_gradient, transfer, activation=share)
-        timelines[family] = simulate(schedule, costs)
+        forwards = sum(action.kind is Kind.FORWARD for order in schedule.orders for action in order)
+        timelines[name] = simulate(schedule, costs(ranks * microbatches / forwards))
     if not timelines:
         raise next(iter(refused.values()))
     if page is not None:
@@ -211,7 +217,7 @@ def verify(  # noqa: PLR0913, PLR0917 - an option each
     """
     from pipework.cli.proof import Proof
 
-    _require_family(schedule)
+    _family(schedule)
     proof = Proof(factory, example, stages, tuple(at or ()), cut, schedule, ranks, microbatches, loss)
     report = proof.on_processes() if processes else proof.on_threads()
     if json:
@@ -221,22 +227,10 @@ def verify(  # noqa: PLR0913, PLR0917 - an option each
     return 0 if report.equal else 1
 
 
-def _schedule(family: str, ranks: int, per_rank: Sequence[int], microbatches: int) -> Schedule:
-    """The family's schedule over the first number of stages per rank that it takes."""
-    _require_family(family)
-    refusals: dict[int, ScheduleError] = {}
-    for stages in per_rank:
-        try:
-            return FAMILIES[family](Layout.loop(ranks, stages), microbatches)
-        except ScheduleError as refusal:
-            refusals[stages] = refusal
-    # A family that refuses one stage per rank wants several: what it says to the most stages is about the rest.
-    raise refusals[max(refusals)]
-
-
-def _require_family(name: str) -> None:
+def _family(name: str) -> Family:
     if name not in FAMILIES:
         raise InputError(f"there is no schedule {name!r}{nearest(name, FAMILIES)}", remedy=f"use one of {_FAMILIES}")
+    return FAMILIES[name]
 
 
 def _training_families() -> Iterator[str]:

@@ -9,7 +9,27 @@ from pipework.plan.bound import bound
 from pipework.plan.channels import Channels
 from pipework.plan.check import check
 from pipework.plan.costs import Costs
-from pipework.plan.families import FAMILIES, forward_only, gpipe, interleaved_one_f_one_b, looped_bfs, one_f_one_b
+from pipework.plan.families import (
+    FAMILIES,
+    Family,
+    chimera,
+    dual_pipe,
+    dual_pipe_v,
+    forward_only,
+    gpipe,
+    interleaved_one_f_one_b,
+    interleaved_zero_bubble,
+    looped_bfs,
+    one_f_one_b,
+    sequence_one_f_one_b,
+    v_half,
+    v_min,
+    zero_bubble_1p,
+    zero_bubble_2p,
+    zero_bubble_h1,
+    zero_bubble_h2,
+    zero_bubble_v,
+)
 from pipework.plan.layout import Layout
 from pipework.plan.lower import lower
 from pipework.plan.measured import measured
@@ -28,6 +48,7 @@ __all__ = [
     "Channels",
     "Compute",
     "Costs",
+    "Family",
     "Found",
     "Instruction",
     "Kind",
@@ -42,10 +63,14 @@ __all__ = [
     "balance",
     "bound",
     "check",
+    "chimera",
+    "dual_pipe",
+    "dual_pipe_v",
     "forward_only",
     "gpipe",
     "grid",
     "interleaved_one_f_one_b",
+    "interleaved_zero_bubble",
     "is_local",
     "looped_bfs",
     "lower",
@@ -54,6 +79,14 @@ __all__ = [
     "one_f_one_b",
     "prove",
     "search",
+    "sequence_one_f_one_b",
     "simulate",
     "transfers",
+    "v_half",
+    "v_min",
+    "zero_bubble_1p",
+    "zero_bubble_2p",
+    "zero_bubble_h1",
+    "zero_bubble_h2",
+    "zero_bubble_v",
 ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from math import inf, isfinite, lcm
+from math import inf, isfinite
 
 from pipework.errors import CutError
+from pipework.plan.exact import whole
 
 
 def balance(costs: Sequence[float], parts: int, crossing: Sequence[float] | None = None) -> tuple[int, ...]:
@@ -40,19 +41,12 @@ def balance(costs: Sequence[float], parts: int, crossing: Sequence[float] | None
             why=f"there are {max(blocks - 1, 0)} places where a cut is allowed" if parts > blocks else "",
             remedy=f"ask for 1 to {blocks} parts" if blocks > 0 else "give at least one item",
         )
-    weights = _whole(costs)
+    weights = whole(costs)
     total = [0, *accumulate(weights)]
     upto = [total[begin] for begin in begins]
     heaviest = _least_bound(upto, parts)
-    cuts = _cheapest_cuts(upto, _whole([0 if each == inf else each for each in crossing]), begins, parts, heaviest)
+    cuts = _cheapest_cuts(upto, whole([0 if each == inf else each for each in crossing]), begins, parts, heaviest)
     return tuple(begins[cut] for cut in cuts)
-
-
-def _whole(numbers: Sequence[float]) -> list[int]:
-    """The numbers, all multiplied by one factor that makes them whole; every float is a fraction of integers."""
-    fractions = [number.as_integer_ratio() for number in numbers]
-    factor = lcm(*(denominator for _, denominator in fractions))
-    return [numerator * (factor // denominator) for numerator, denominator in fractions]
 
 
 def _least_bound(upto: Sequence[int], parts: int) -> int:

@@ -64,18 +64,18 @@ class Layout:
         return cls(tuple(stage % ranks for stage in range(stages)), _chain(stages) | frozenset(skips))
 
     @classmethod
-    def vee(cls, ranks: int, skips: Iterable[Edge] = ()) -> Layout:
-        """Two stages per rank, down the ranks and up again, so that the first and the last stage share rank 0.
+    def vee(cls, ranks: int, per_rank: int = 2, skips: Iterable[Edge] = ()) -> Layout:
+        """Stages down the ranks and up again: with two per rank the first and the last stage share rank 0.
 
-            rank 0: 0 7    rank 1: 1 6    rank 2: 2 5    rank 3: 3 4
+            per_rank=2      rank 0: 0 7    rank 1: 1 6    rank 2: 2 5    rank 3: 3 4
 
-        >>> Layout.vee(2).rank_of
-        (0, 1, 1, 0)
+        >>> Layout.vee(2).rank_of, Layout.vee(2, per_rank=4).rank_of
+        ((0, 1, 1, 0), (0, 1, 1, 0, 0, 1, 1, 0))
         """
-        _positive(ranks=ranks)
-        stages = 2 * ranks
-        rank_of = tuple(min(stage, stages - 1 - stage) for stage in range(stages))
-        return cls(rank_of, _chain(stages) | frozenset(skips))
+        _positive(ranks=ranks, per_rank=per_rank)
+        down = tuple(range(ranks))
+        rank_of = tuple(rank for lap in range(per_rank) for rank in (down[::-1] if lap % 2 else down))
+        return cls(rank_of, _chain(len(rank_of)) | frozenset(skips))
 
     @classmethod
     def bidirectional(cls, ranks: int) -> Layout:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -108,22 +108,23 @@ class Pipe(nn.Module):
         assert isinstance(stage, Stage)
         return stage
 
-    def layout(self, ranks: int, vee: bool = False) -> Layout:
-        """Which rank holds which stage, and which stage feeds which: stages go round the ranks, or down and up again.
+    def layout(self, ranks: int, place: Callable[[int, int], Layout] = Layout.loop) -> Layout:
+        """Which rank holds which stage, and which stage feeds which: stages go round the ranks, or as `place` says.
+
+        `place` makes a layout from the number of ranks and of stages per rank; only its ranks count.
 
         >>> model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(4)])
         >>> pipe = pipework.pipeline(model, (torch.ones(2, 4),), stages=4)
-        >>> pipe.layout(ranks=2).rank_of, pipe.layout(ranks=2, vee=True).rank_of
+        >>> pipe.layout(ranks=2).rank_of, pipe.layout(2, pipework.Layout.vee).rank_of
         ((0, 1, 0, 1), (0, 1, 1, 0))
         """
-        if ranks < 1 or self.num_stages % ranks or (vee and self.num_stages != 2 * ranks):
+        if ranks < 1 or self.num_stages % ranks:
             raise InputError(
-                f"{self.num_stages} stages cannot be laid on {ranks} ranks{' in a V' if vee else ''}",
-                why="each rank holds the same number of stages" + (", two in a V" if vee else ""),
+                f"{self.num_stages} stages cannot be laid on {ranks} ranks",
+                why="each rank holds the same number of stages",
                 remedy="choose ranks that divide the stages, or cut the model into another number of stages",
             )
-        plain = Layout.vee(ranks) if vee else Layout.loop(ranks, self.num_stages // ranks)
-        return self.lay(plain, self.variant(self._example))
+        return self.lay(place(ranks, self.num_stages // ranks), self.variant(self._example))
 
     @staticmethod
     def lay(layout: Layout, *variants: Variant) -> Layout:
