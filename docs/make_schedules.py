@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-from pipework.plan import FAMILIES, Costs, Timeline, simulate
+from pipework.plan import FAMILIES, Costs, Timeline, crossings, simulate
 from pipework.plan.families import Family
 from pipework.show.colours import KINDS
 from pipework.show.picture import picture
@@ -16,29 +16,29 @@ RANKS, MICROBATCHES = 4, 8
 INTRODUCTION = f"""\
 # Schedules
 
-Every family on this page is one function of `pipework.schedules`; it takes a layout and a number of microbatches and gives
-a `Schedule`, a value that is checked, simulated, drawn, compared and run. This page is written by
-`python docs/make_schedules.py`; figures and pictures are those of {RANKS} ranks and {MICROBATCHES} microbatches, where the share
-of the model on one rank takes 1 forward, 1 for the input gradient and 1 for the weight gradient, and transfers take nothing.
-`pipework compare` prints the same table for any costs, and `pipework draw FAMILY` draws one.
+Every family on this page is one function of `pipework.schedules`. It takes a layout and a number of microbatches and
+gives a `Schedule`: a value that is checked, simulated, drawn, compared and run. The page is written by
+`python docs/make_schedules.py`. Figures and pictures are those of {RANKS} ranks and {MICROBATCHES} microbatches, where
+the share of the model on one rank takes 1 for the forward, 1 for the input gradient and 1 for the weight gradient, and
+transfers take nothing. `pipework compare` prints the same table for any costs, and `pipework draw FAMILY` draws one.
 
-- *Makespan* is from the first start to the last end on any rank, *span* that of the longest rank alone: in a row of steps
-  the next one may begin where a rank is done, so a claim of "zero bubble" is one about the span.
+- *Makespan* is from the first start to the last end on any rank, *span* that of the longest rank alone: in a row of
+  steps the next one may begin where a rank is done, so a claim of "zero bubble" is one about the span.
 - *Bubble* is the idle share of the span.
-- *Peak* is the most activation memory of any rank, in shares: 1 is what one microbatch keeps on one rank.
+- *Peak* is the most activation memory of any rank: 1 is what one microbatch keeps on one rank.
 - *Transfers* cross from rank to rank.
 """
 EPILOGUE = """\
 ## Which one?
 
-Start with `one_f_one_b`. If the bubble is too large and more microbatches cannot be had: with memory to spare
-`zero_bubble_h2` or `zero_bubble_2p`; with none to spare `zero_bubble_v`, which needs a model that can be cut into twice as
-many stages as ranks; with less than none `v_half` and `v_min`. `interleaved_one_f_one_b` is for models in which weight gradients
-cannot be split off. If stages cost unlike, `pipework search` finds an order for just these costs.
+Start with `one_f_one_b`. If its bubble is too large and more microbatches cannot be had, then with memory to spare take
+`zero_bubble_h2` or `zero_bubble_2p`; with none to spare `zero_bubble_v`, which wants the model cut into twice as many
+stages as ranks; with less than none `v_half` and `v_min`. `interleaved_one_f_one_b` is for models whose weight
+gradients cannot be split off. If stages cost unlike, `pipework search` finds an order for just these costs.
 
-Running a schedule that splits the backward changes no number: see the equality tests. What is split off are the weight
-gradients of `Linear`, `Conv` and `Embedding` modules; those of other modules come with the input gradient, and so do those of a
-weight that is used in other ways too, of a block that is compiled, and of a parameter with hooks.
+Splitting the backward changes no number. What is split off are the weight gradients of `Linear`, `Conv` and `Embedding`
+modules. Those of other modules come with the input gradient, and so do those of a weight that is used in other ways
+too, of a block that is compiled, and of parameters with hooks or shared between stages.
 """
 
 
@@ -48,7 +48,9 @@ def timeline(family: Family) -> Timeline:
     share = RANKS / layout.stages
     replicas = 2 if layout.feeds(RANKS - 1) == () and layout.stages > RANKS else 1
     costs = Costs(*[share * replicas] * 3, activation=share * replicas)
-    return simulate(family.plan(layout, MICROBATCHES, costs), costs)
+    schedule = family.plan(layout, MICROBATCHES, costs)
+    part = share * replicas / schedule.slices
+    return simulate(schedule, Costs(part, part, part, activation=part))
 
 
 def overview(timelines: dict[str, Timeline]) -> str:
@@ -64,8 +66,8 @@ def overview(timelines: dict[str, Timeline]) -> str:
             f"{found.makespan:g}",
             f"{found.span:g}",
             f"{100 * found.bubble_of_span:.1f} %",
-            f"{max(found.peaks):g}",
-            str(found.transfers),
+            f"{max(found.peaks):g}" if found.schedule.trains else "-",
+            str(crossings(found.schedule)),
             "yes" if family.runs else "planned only",
             f"[{family.paper}](https://arxiv.org/abs/{family.paper.removeprefix('arXiv:')})",
         ]
@@ -81,16 +83,27 @@ def section(name: str) -> str:
 
 
 def legend() -> str:
-    return "Colours: " + ", ".join(f"{name} ({kind.value})" for kind, (name, _) in KINDS.items()) + ".\n"
+    """One swatch for each kind of action, as an SVG file."""
+    swatches = "".join(
+        f'<rect x="{160 * place}" y="2" width="22" height="14" fill="{colour}"/>'
+        f'<text x="{160 * place + 29}" y="14">{name}, {kind.value}</text>'
+        for place, (kind, (name, colour)) in enumerate(KINDS.items())
+    )
+    style = "<style>text { font: 13px system-ui, sans-serif; fill: #7a8694; }</style>"
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="{160 * len(KINDS)}" height="18">{style}{swatches}</svg>\n'
 
 
 def pages() -> dict[Path, str]:
     """All that the page is made of, by path."""
     timelines = {name: timeline(family) for name, family in FAMILIES.items()}
     sections = "\n".join(section(name) for name in FAMILIES)
-    text = "\n".join((INTRODUCTION, overview(timelines), EPILOGUE, legend(), sections))
-    pictures = {HERE / "images" / "schedules" / f"{name}.svg": picture(found) for name, found in timelines.items()}
-    return {HERE / "schedules.md": text, **pictures}
+    text = "\n".join(
+        (INTRODUCTION, overview(timelines), EPILOGUE, "![colours](images/schedules/legend.svg)\n", sections)
+    )
+    pictures = {name: picture(found) for name, found in timelines.items()} | {"legend": legend()}
+    return {HERE / "schedules.md": text} | {
+        HERE / "images" / "schedules" / f"{name}.svg": text for name, text in pictures.items()
+    }
 
 
 def main() -> None:

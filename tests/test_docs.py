@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from docs import make_schedules
+from pipework.plan import FAMILIES
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -17,3 +20,10 @@ def test_the_examples_of_a_page_run(page: str) -> None:
     names: dict[str, object] = {}
     for number, block in enumerate(blocks):
         exec(compile(block, f"{page}, block {number}", "exec"), names)
+
+
+def test_the_page_of_schedules_is_what_the_families_say() -> None:
+    pages = make_schedules.pages()
+    assert len(pages) == len(FAMILIES) + 2
+    stale = [path.name for path, text in pages.items() if not path.exists() or path.read_text() != text]
+    assert not stale, "run: python docs/make_schedules.py"

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pipework.cli.terminal import percent, print_timeline
 from pipework.errors import InputError, ScheduleError, nearest
-from pipework.plan import FAMILIES, Costs, Family, Kind, Timeline, is_local, simulate, transfers
+from pipework.plan import FAMILIES, Costs, Family, Kind, Timeline, crossings, simulate
 from pipework.show import html, trace
 
 app = typer.Typer(
@@ -240,7 +240,6 @@ def _training_families() -> Iterator[str]:
 def _figures(timeline: Timeline) -> dict[str, Any]:
     schedule = timeline.schedule
     layout = schedule.layout
-    sent = (transfer for order in schedule.orders for action in order for transfer in transfers(action, schedule))
     return {
         "schedule": schedule.name,
         "ranks": layout.ranks,
@@ -251,7 +250,7 @@ def _figures(timeline: Timeline) -> dict[str, Any]:
         "bubble": timeline.bubble,
         "bubble_of_span": timeline.bubble_of_span,
         "peaks": timeline.peaks,
-        "transfers": sum(not is_local(transfer, layout) for transfer in sent),
+        "transfers": crossings(schedule),
     }
 
 

@@ -35,7 +35,7 @@ from pipework.plan.lower import lower
 from pipework.plan.measured import measured
 from pipework.plan.program import Compute, Instruction, Program, Receive, Send
 from pipework.plan.prove import prove
-from pipework.plan.rules import Transfer, is_local, needs, transfers
+from pipework.plan.rules import Transfer, crossings, is_local, needs, transfers
 from pipework.plan.schedule import Schedule
 from pipework.plan.search import Found, search
 from pipework.plan.simulate import simulate
@@ -64,6 +64,7 @@ __all__ = [
     "bound",
     "check",
     "chimera",
+    "crossings",
     "dual_pipe",
     "dual_pipe_v",
     "forward_only",

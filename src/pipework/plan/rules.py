@@ -90,6 +90,17 @@ def is_local(transfer: Transfer, layout: Layout) -> bool:
     return layout.rank_of[transfer.after.stage] == layout.rank_of[transfer.to]
 
 
+def crossings(schedule: Schedule) -> int:
+    """How many transfers of a step go from rank to rank.
+
+    >>> from pipework.plan import one_f_one_b
+    >>> crossings(one_f_one_b(Layout.loop(3), microbatches=2))
+    8
+    """
+    sent = (transfer for order in schedule.orders for action in order for transfer in transfers(action, schedule))
+    return sum(not is_local(transfer, schedule.layout) for transfer in sent)
+
+
 def _backward(stage: int, microbatch: int, schedule: Schedule) -> Action:
     """The action after which this stage's input gradient exists."""
     split = schedule.splits(stage, microbatch)

@@ -155,7 +155,7 @@ def _families(given: Problem, costs: Costs) -> Iterator[Schedule]:
     """What the families make of this layout; most take only some."""
     for family in FAMILIES.values():
         try:
-            schedule = family(given.one_by_one.layout, given.one_by_one.microbatches)
+            schedule = family.plan(given.one_by_one.layout, given.one_by_one.microbatches, costs)
             check(schedule)
             yield schedule
         except ScheduleError:

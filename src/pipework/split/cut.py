@@ -26,7 +26,7 @@ import torch
 from pipework.errors import CutError
 from pipework.split.capture import Recording
 from pipework.split.fakes import Valueless
-from pipework.split.tape import ClosedModule, Entry, Origin, State, Value, name_of
+from pipework.split.tape import ClosedModule, Entry, Origin, State, Value
 from pipework.split.trees import Ref, leaves
 
 
@@ -312,7 +312,7 @@ class _Router:
                     why="inside it a tensor stands for one of many, and cannot be handed on",
                     remedy="cut before or after that call, or put it in a module that stays whole",
                 )
-            name = name_of(entry.target)
+            name = entry.title
             depth += (name == "_vmap_increment_nesting") - (name == "_vmap_decrement_nesting")
             before = entry
 
