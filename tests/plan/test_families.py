@@ -17,7 +17,6 @@ from pipework.errors import ScheduleError
 from pipework.plan import FAMILIES, Action, Costs, Family, Kind, Layout, Schedule, check, lower, simulate
 
 FIGURES = json.loads((Path(__file__).parent / "data" / "families.json").read_text())
-SPLIT_ON_A_VEE = ("zero_bubble_v", "v_half", "v_min")
 
 
 def costs_of(case: Mapping[str, Any]) -> Costs:
@@ -112,6 +111,14 @@ def test_closed_form_of_chimera(half: int, units: int, duration: int) -> None:
     assert all(half + 1 <= peak <= p for peak in timeline.peaks)
 
 
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 4), st.integers(1, 9))
+def test_closed_form_of_hanayo(p: int, waves: int, units: int, duration: int) -> None:
+    schedule = FAMILIES["hanayo"].build(Layout.vee(p, 2 * waves), p * units)
+    timeline = simulate(schedule, Costs(duration, duration, 0))
+    assert timeline.makespan == (4 * waves * p * units + 2 * p - 2) * duration
+    assert timeline.peaks == tuple((2 * waves - 1) * p + 1 + rank for rank in range(p))
+
+
 @given(st.integers(1, 5), st.integers(0, 9), st.integers(2, 9), st.integers(1, 5))
 def test_closed_forms_of_dual_pipe(p: int, more: int, f: int, w: int) -> None:
     """F and I equally long, W not longer: then each rank idles for as long as the paper says."""
@@ -140,7 +147,8 @@ def built(draw: st.DrawFn) -> tuple[Family, Schedule, Costs]:
     """A family's schedule for random counts, and random costs, which it heeds if it can."""
     family = FAMILIES[draw(st.sampled_from(sorted(FAMILIES)))]
     ranks = draw(st.integers(1, 5))
-    per_rank = draw(st.integers(2, 4)) if family.place == Layout.loop and family.per_rank > 1 else family.per_rank
+    several = [2, 3, 4] if family.place == Layout.loop and family.per_rank > 1 else [family.per_rank]
+    per_rank = draw(st.sampled_from([2, 4] if family.name == "hanayo" else several))
     layout = family.layout(ranks if family.least == 1 else 2 * ranks, per_rank)
     microbatches = draw(st.integers(family.smallest(layout), 16))
     each = st.tuples(*[st.integers(1, 9)] * layout.stages)
@@ -194,6 +202,7 @@ def limits(name: str, schedule: Schedule) -> list[int]:
         "zero_bubble_v": [2 * p] * p,
         "v_half": [2 * (p // 2) + 2] * p,
         "v_min": [2 * ((p + 1) // 3) + 2] * p,
+        "hanayo": [stages] * p,
         "dual_pipe_v": [2 * p + 1] * p,
         "dual_pipe": [p + 1] * p,
         "chimera": [p] * p,
@@ -248,6 +257,7 @@ def test_memory_is_a_limit_that_is_kept() -> None:
         ("interleaved_one_f_one_b", Layout.vee(2), "are on ranks 0, 1, 1, 0"),
         ("interleaved_zero_bubble", Layout((0, 1, 0), frozenset()), "are on ranks 0, 1, 0"),
         ("zero_bubble_v", Layout.loop(2, 2), r"into 4 stages and use Layout.vee\(2\)"),
+        ("hanayo", Layout.loop(2, 2), r"use Layout.vee\(2, per_rank=2\)"),
         ("v_min", Layout.loop(3), r"into 6 stages and use Layout.vee\(3\)"),
         ("dual_pipe_v", Layout.loop(3), r"into 6 stages and use Layout.vee\(3\)"),
         ("dual_pipe", Layout.bidirectional(3), r"use Layout.bidirectional\(4\)"),

@@ -6,12 +6,12 @@ from pipework.errors import ScheduleError
 from pipework.plan.families.automatic import zero_bubble_1p, zero_bubble_2p
 from pipework.plan.families.breadth_first import forward_only, gpipe, looped_bfs
 from pipework.plan.families.building_block import v_half, v_min
-from pipework.plan.families.chimera import chimera
 from pipework.plan.families.dual_pipe import dual_pipe, dual_pipe_v
 from pipework.plan.families.family import Family
 from pipework.plan.families.one_f_one_b import interleaved_one_f_one_b, one_f_one_b
 from pipework.plan.families.sequence import sequence_one_f_one_b
 from pipework.plan.families.vee import zero_bubble_v
+from pipework.plan.families.waves import chimera, hanayo
 from pipework.plan.families.zero_bubble import interleaved_zero_bubble, zero_bubble_h1, zero_bubble_h2
 from pipework.plan.layout import Layout
 
@@ -37,6 +37,7 @@ FAMILIES: Mapping[str, Family] = {
         Family(zero_bubble_v, "arXiv:2405.15362", Layout.vee, per_rank=2, heeds_costs=True),
         Family(v_half, "arXiv:2405.15362", Layout.vee, per_rank=2),
         Family(v_min, "arXiv:2405.15362", Layout.vee, per_rank=2),
+        Family(hanayo, "arXiv:2308.15762", Layout.vee, per_rank=2),
         Family(dual_pipe_v, "arXiv:2412.19437", Layout.vee, per_rank=2),
         Family(dual_pipe, "arXiv:2412.19437", _replicas, per_rank=2, least=2, runs=False),
         Family(chimera, "arXiv:2107.06925", _replicas, per_rank=2, least=2, runs=False),
@@ -54,6 +55,7 @@ __all__ = [
     "dual_pipe_v",
     "forward_only",
     "gpipe",
+    "hanayo",
     "interleaved_one_f_one_b",
     "interleaved_zero_bubble",
     "looped_bfs",
