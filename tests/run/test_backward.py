@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,10 +16,11 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import pipework
-from pipework import Action, Kind, Runner, Schedule
+from pipework import Runner
 from pipework.run.backward import SplitBackward
 from tests.models import WIDTH, numbers
 from tests.run.pipes import equal, gradients, piped
+from tests.schedules import split_1f1b
 from tests.split.equality import before
 
 
@@ -247,25 +247,6 @@ FORWARDS = [
 ]
 
 
-def split_up(pipe: pipework.Pipe, microbatches: int, turned: bool = False) -> Schedule:
-    """1F1B with every backward split, W two actions after I, or all W at the end and the last microbatch first."""
-    schedule = pipework.schedules.one_f_one_b(pipe.layout(pipe.num_stages), microbatches)
-    orders = []
-    for order in schedule.orders:
-        done: list[Action] = []
-        waiting: list[Action] = []
-        for action in order:
-            if action.kind is not Kind.BACKWARD:
-                done.append(action)
-                continue
-            done.append(replace(action, kind=Kind.INPUT_GRADIENT))
-            waiting.append(replace(action, kind=Kind.WEIGHT_GRADIENT))
-            if len(waiting) > 2 and not turned:
-                done.append(waiting.pop(0))
-        orders.append((*done, *(reversed(waiting) if turned else waiting)))
-    return replace(schedule, name="split", orders=tuple(orders))
-
-
 def model_of(forward: Forward, blocks: int = 3) -> nn.Module:
     torch.manual_seed(3)
     return nn.Sequential(Block(_plain), *[Block(forward) for _ in range(blocks - 1)])
@@ -279,7 +260,7 @@ def assert_equal(model: nn.Module, microbatches: int = 4, turned: bool = False, 
         (x,),
         target=numbers(2 * microbatches, WIDTH, seed=5),
         loss=F.mse_loss,
-        schedule=split_up(pipe, microbatches, turned),
+        schedule=split_1f1b(pipe.layout(3), microbatches, turned),
         split_spec=before("1", "2"),
         microbatches=microbatches,
         **also,
@@ -362,7 +343,7 @@ def test_a_weight_that_the_loss_uses_too() -> None:
     x, target = numbers(8, WIDTH), numbers(8, WIDTH, seed=5)
     reference = copy.deepcopy(model)
     pipe = piped(model, "1")
-    Runner(pipe, split_up(pipe, 4), loss=loss(model)).step(x, target=target)
+    Runner(pipe, split_1f1b(pipe.layout(pipe.num_stages), 4), loss=loss(model)).step(x, target=target)
     for rows, aim in zip(x.chunk(4), target.chunk(4), strict=True):
         (loss(reference)(reference(rows), aim) / 4).backward()
     assert equal(gradients(model), gradients(reference))
@@ -386,7 +367,7 @@ def test_the_model_is_as_it_was_after_a_step_and_after_a_failure() -> None:
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     x = numbers(8, WIDTH)
     pipe = piped(model, "1", "2")
-    runner = Runner(pipe, split_up(pipe, 4), loss=F.mse_loss)
+    runner = Runner(pipe, split_1f1b(pipe.layout(pipe.num_stages), 4), loss=F.mse_loss)
     runner.step(x, target=x)
     with pytest.raises(ValueError, match="too large"):
         runner.step(x + 100, target=x)

@@ -19,6 +19,7 @@ import pipework
 from pipework import CutPoints, SplitPoint
 from pipework.split.draws import DrawKey, drawing_for, streams
 from pipework.split.trees import children
+from tests.schedules import split_1f1b
 
 SEED = 1234
 MICROBATCHES = 2
@@ -177,49 +178,57 @@ def weighed(output: Any) -> torch.Tensor | None:
 
 
 def assert_trains(
-    model: nn.Module, args: Any, kwargs: Mapping[str, Any], spec: Spec | None = None, stages: int | None = None
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any],
+    spec: Spec | None = None,
+    stages: int | None = None,
+    halves: bool = True,
 ) -> None:
-    """One step under 1F1B, each microbatch on the whole example, against the same on the model, one after the other."""
+    """A step with the backward in one piece, and in `halves`, each microbatch the whole example, against the model."""
     model = copy.deepcopy(model)
     model.zero_grad()
     reference = copy.deepcopy(model)
-    pipe = pipework.pipeline(model, args, kwargs, split_spec=spec, stages=stages)
-    schedule = pipework.schedules.one_f_one_b(pipe.layout(pipe.num_stages), MICROBATCHES)
-    whole = dict.fromkeys(pipe.example.values)
-    runner = pipework.Runner(pipe, schedule, loss=lambda output, _: weighed(output), chunk_spec=whole)
-    losses: list[torch.Tensor] = []
-    rows: list[list[torch.Tensor]] = []
-    with streams(dict(reference.named_modules()), pipe.variant(pipe.example).drawing):
+    seed, losses, rows = torch.initial_seed(), [], []
+    drawing = pipework.pipeline(model, args, kwargs, split_spec=spec, stages=stages)
+    with streams(dict(reference.named_modules()), drawing.variant(drawing.example).drawing):
         for microbatch in range(MICROBATCHES):
             own_args, own_kwargs = copied((args, kwargs))
-            with drawing_for(DrawKey(runner.seed, 0, microbatch)):
+            with drawing_for(DrawKey(seed, 0, microbatch)):
                 loss = weighed(reference(*own_args, **own_kwargs))
                 if loss is None:
                     return  # nothing to train
                 (loss / MICROBATCHES).backward()
             losses.append(loss.detach())
             rows.append(tensors((own_args, own_kwargs)))
-    args, kwargs = copied((args, kwargs))
-    same(runner.step(*args, **kwargs), torch.stack(losses).sum() / MICROBATCHES, "loss of the step")
-    gradients, wanted = ({n: p.grad for n, p in m.named_parameters()} for m in (model, reference))
-    same(gradients, wanted, "gradients of the step", strides=False)
-    for position, given in enumerate(tensors((args, kwargs))):
-        reached = [row[position].grad for row in rows if row[position].is_leaf and row[position].grad is not None]
-        wanted = functools.reduce(torch.add, reached) if reached else None
-        same(given.grad, wanted, f"gradient of input {position}", strides=False)
-    same(dict(model.named_buffers()), dict(reference.named_buffers()), "buffers after the step")
+    for schedule in (pipework.schedules.one_f_one_b, split_1f1b)[: 1 + halves]:
+        twin, (own_args, own_kwargs) = copy.deepcopy(model), copied((args, kwargs))
+        pipe = pipework.pipeline(twin, args, kwargs, split_spec=spec, stages=stages)
+        plan = schedule(pipe.layout(pipe.num_stages), MICROBATCHES)
+        whole = dict.fromkeys(pipe.example.values)
+        runner = pipework.Runner(pipe, plan, loss=lambda output, _: weighed(output), chunk_spec=whole)
+        same(runner.step(*own_args, **own_kwargs), torch.stack(losses).sum() / MICROBATCHES, "loss of the step")
+        gradients, wanted = ({n: p.grad for n, p in m.named_parameters()} for m in (twin, reference))
+        same(gradients, wanted, f"gradients of the step, {plan.name}", strides=False)
+        for position, given in enumerate(tensors((own_args, own_kwargs))):
+            reached = [row[position].grad for row in rows if row[position].is_leaf and row[position].grad is not None]
+            wanted = functools.reduce(torch.add, reached) if reached else None
+            same(given.grad, wanted, f"gradient of input {position}", strides=False)
+        same(dict(twin.named_buffers()), dict(reference.named_buffers()), "buffers after the step")
 
 
-def check(
+def check(  # noqa: PLR0913 (one for each thing that a test may vary)
     model: nn.Module,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
+    *,
     spec: Spec | None = None,
     stages: int | None = None,
     want: int | None = None,
     modes: tuple[bool, ...] = (True, False),
     calls: int = 2,
     strides: bool = True,
+    halves: bool = True,
 ) -> pipework.Pipe:
     """Cut the model and compare the pipe with a copy of the model, in train and in eval mode, `calls` times each.
 
@@ -241,7 +250,7 @@ def check(
             found = outcome(pipe, model, args, kwargs, unwrap=isinstance(wanted.output, torch.Tensor))
             assert_same(found, wanted, strides)
     assert_names(pipe, model)
-    assert_trains(fresh.train(modes[0]), args, kwargs, spec, stages)
+    assert_trains(fresh.train(modes[0]), args, kwargs, spec, stages, halves)
     return pipe
 
 

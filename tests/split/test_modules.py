@@ -277,7 +277,7 @@ def test_compiled_blocks() -> None:
     model = nn.Sequential(linear(), nn.Sequential(linear(), nn.Tanh()), linear())
     model[1] = torch.compile(model[1], backend="eager")
     model[0].compile(backend="eager")
-    check(model, (numbers(grad=True),), spec=before("1", "2"), want=3)
+    check(model, (numbers(grad=True),), spec=before("1", "2"), want=3, halves=False)  # see tests/run/test_backward.py
 
 
 def test_parametrized_and_weight_normed_blocks() -> None:
