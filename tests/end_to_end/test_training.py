@@ -131,12 +131,12 @@ def train_on(
 
 
 def test_optimizer_state_goes_from_one_cut_to_another() -> None:
-    """Two steps as 2 stages, then two as 4, are four steps of the unsplit model."""
+    """A step each as 2, 4, 3 stages and 1 stage are four steps of the unsplit model."""
     reference = language_model()
     plainly(reference, 3, [0, 1, 2])
     model = language_model()
     kept: dict[str, Any] = {}
-    for stages, some in ((2, batches()[:2]), (4, batches()[2:])):
+    for stages, some in zip((2, 4, 3, 1), ([batch] for batch in batches()), strict=True):
         names = [f"layers.{LAYERS * stage // stages}" for stage in range(1, stages)]
         pipe = pipework.pipeline(model, (some[0][0][:2],), split_spec=before(*names))
         runner = Runner(pipe, pipework.schedules.gpipe(pipe.layout(stages), 3), loss=crossed)
@@ -209,6 +209,31 @@ def test_dropout_does_not_depend_on_cut_ranks_schedule_or_transport(gloo_pool: G
         assert two_steps(stages, family, ranks) == [first, second], (stages, family)
     for stages, family, ranks in ((3, "one_f_one_b", 3), (4, "interleaved_one_f_one_b", 2)):
         assert gloo_pool.run(two_steps_on, stages, family, ranks, ranks=ranks) == [[first, second]] * ranks
+
+
+def with_evaluation(group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """The losses of two steps with an evaluation between them, which is that of the model without dropout."""
+    torch.manual_seed(11)
+    model = dropped()
+    x, y = numbers(8, WIDTH), numbers(8, WIDTH, seed=5)
+    pipe = pipework.pipeline(model, (x[:2],), split_spec=before("layers.4"))
+    runner = Runner(pipe, pipework.schedules.one_f_one_b(pipe.layout(2), 4), loss=squared, group=group)
+    losses = [runner.step(x, target=y)]
+    pipe.eval()
+    evaluated = runner.evaluate(x)
+    assert evaluated.output is None or torch.equal(evaluated.output, torch.cat([model(part) for part in x.chunk(4)]))
+    pipe.train()
+    return [*losses, runner.step(x, target=y)]
+
+
+def with_evaluation_on(group: dist.ProcessGroup, rank: int) -> list[Tensor]:
+    return with_evaluation(group)
+
+
+def test_eval_mode_in_the_middle_switches_dropout_off_and_on_again(gloo_pool: GlooPool) -> None:
+    wanted = two_steps(2, "one_f_one_b", 2)
+    assert with_evaluation() == wanted
+    assert gloo_pool.run(with_evaluation_on) == [wanted] * 2
 
 
 def test_seed_and_steps_continue_a_run() -> None:

@@ -128,11 +128,51 @@ def test_local_pipe_takes_the_path_of_its_inputs() -> None:
     assert torch.equal(pipe(x, masks())[0], model(x, masks()))
 
 
-def test_a_counter_decides_by_microbatch() -> None:
-    found = pipework.verify(
-        Counting(), (torch.randn(8, 8),), target=torch.randn(8, 8), loss=F.mse_loss, microbatches=MICROBATCHES
+class Shaped(nn.Module):
+    """Does something else with short batches, and reads a number out of an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, power: Tensor) -> Tensor:
+        x = self.first(x) ** int(power.item())
+        pipework.pipe_split()
+        return self.last(x).view(x.shape[0], 2, 4).flatten(1) if x.shape[0] > 2 else self.last(x - x.mean(0))
+
+
+def by_counter_and_shape(group: Any = None) -> list[str]:
+    """What differs from the unsplit model, over batches of several sizes and values on one runner; empty if nothing."""
+    torch.manual_seed(0)
+    batch, target = torch.randn(16, 8), torch.randn(16, 8)
+    counted = pipework.verify(
+        Counting(), (batch,), target=target, loss=F.mse_loss, microbatches=MICROBATCHES, group=group
     )
-    assert found.equal, found.text()
+    wrong = [] if counted.equal else [counted.text()]
+    model, reference = Shaped(), Shaped()
+    reference.load_state_dict(model.state_dict())
+    pipe = pipework.pipeline(model, (batch[:2], torch.tensor(1)))
+    schedule = pipework.schedules.one_f_one_b(pipe.layout(ranks=2), MICROBATCHES)
+    runner = pipework.Runner(pipe, schedule, loss=F.mse_loss, group=group)
+    for rows, power in ((16, 1), (8, 1), (8, 2), (16, 2), (8, 1)):
+        loss = runner.step(batch[:rows], torch.tensor(power), target=target[:rows])
+        losses = []
+        for x, y in zip(batch[:rows].chunk(MICROBATCHES), target[:rows].chunk(MICROBATCHES), strict=True):
+            losses.append(F.mse_loss(reference(x, torch.tensor(power)), y))
+            (losses[-1] / MICROBATCHES).backward()
+        if not torch.equal(loss, torch.stack(losses).detach().sum() / MICROBATCHES):
+            wrong.append(f"loss with {rows} rows and {power}")
+    wanted = {name: p.grad for name, p in reference.named_parameters()}
+    return wrong + [name for name, p in runner.named_parameters() if not torch.equal(p.grad, wanted[name])]
+
+
+def counter_and_shape_over_gloo(group: Any, rank: int) -> list[str]:
+    return by_counter_and_shape(group)
+
+
+def test_counters_shapes_and_numbers_read_from_inputs_decide(gloo_pool: GlooPool) -> None:
+    assert by_counter_and_shape() == []
+    assert gloo_pool.run(counter_and_shape_over_gloo) == [[], []]
 
 
 def test_a_value_that_only_the_step_can_know_is_refused_where_it_is_read() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import pipework
@@ -13,6 +17,7 @@ from pipework.errors import InputError, MismatchError, PipeworkError, TransportE
 from tests.gloo import GlooPool
 
 MICROBATCHES = 4
+SOON = 60.0  # seconds
 
 
 class Fragile(nn.Module):
@@ -86,6 +91,73 @@ def other_inputs(group: Any, rank: int, size: int) -> str:
 @pytest.mark.parametrize(("size", "kind"), [(16, MismatchError), (4, MismatchError), (7, InputError)])
 def test_another_batch_on_one_rank_is_refused_by_all(gloo_pool: GlooPool, size: int, kind: type) -> None:
     assert gloo_pool.run(other_inputs, size, ranks=3) == [kind.__name__] * 3
+
+
+class Moody(nn.Module):
+    """Gives another dtype, or another shape, once it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.how = nn.Linear(4, 4), "same"
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        return {"same": out, "half": out.half(), "double": out.double(), "short": out[:1]}[self.how]
+
+
+def something_else_than_announced(group: Any, rank: int, how: str) -> Exception | None:
+    torch.manual_seed(0)
+    moody = Moody()
+    pipe = pipework.pipeline(nn.Sequential(moody, nn.Linear(4, 2)), (torch.ones(2, 4),), stages=2)
+    schedule = pipework.schedules.one_f_one_b(pipe.layout(2), MICROBATCHES)
+    made = pipework.Runner(pipe, schedule, loss=nn.functional.mse_loss, group=group)
+    made.step(torch.ones(8, 4), target=torch.zeros(8, 2))
+    moody.how = how
+    return raised(lambda: made.step(torch.ones(8, 4), target=torch.zeros(8, 2)))
+
+
+@pytest.mark.parametrize("how", ["half", "double", "short"])
+def test_a_tensor_that_was_not_announced_reaches_nobody(gloo_pool: GlooPool, how: str) -> None:
+    sender, receiver = gloo_pool.run(something_else_than_announced, how)
+    assert isinstance(sender, MismatchError)
+    assert "was about to be sent as" in sender.what
+    assert isinstance(receiver, TransportError)
+
+
+def killed(connection: Any, store: str, rank: int) -> None:
+    """One of three processes, of which the second ends without a word in its second step."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, 3), rank=rank, world_size=3)
+    made = runner(dist.group.WORLD)
+    made.step(torch.ones(8, 4), target=torch.zeros(8, 2))
+    if rank == 1:
+        made.pipe.model.second.register_forward_pre_hook(lambda *_: os._exit(9))
+    error = raised(lambda: made.step(torch.ones(8, 4), target=torch.zeros(8, 2)))
+    connection.send(error)
+
+
+def test_a_killed_process_is_heard_of_by_the_others(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    pipes = [spawn.Pipe() for _ in range(3)]
+    processes = [
+        spawn.Process(target=killed, args=(theirs, str(tmp_path / "store"), rank), daemon=True)
+        for rank, (_, theirs) in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for rank in (0, 2):
+            assert pipes[rank][0].poll(SOON), f"rank {rank} hangs"
+            error = pipes[rank][0].recv()
+            assert isinstance(error, TransportError)
+            assert error.what == "the connection to another rank was lost"
+            assert error.where == f"rank {rank}"
+        processes[1].join(SOON)
+        assert processes[1].exitcode == 9
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def other_kind(group: Any, rank: int) -> str:

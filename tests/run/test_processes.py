@@ -300,6 +300,19 @@ def test_a_group_of_another_size(gloo_pool: GlooPool) -> None:
         assert "the schedule has 3 ranks, and the group 2" in told
 
 
+def loss_on_the_last_rank(group: dist.ProcessGroup, rank: int) -> None:
+    model, reference = sequence(), sequence()
+    runner = runner_of(piped(model, "2"), group=group, loss=squared if rank == 1 else None)
+    for _ in range(2):
+        loss = runner.step(X, target=Y if rank == 1 else None)
+        assert torch.equal(loss, unsplit(reference, X, Y, 4))
+    assert equal(own(runner, gradients(model)), own(runner, gradients(reference)))
+
+
+def test_a_loss_is_needed_on_the_last_rank_only(gloo_pool: GlooPool) -> None:
+    gloo_pool.run(loss_on_the_last_rank, limit=SOON)
+
+
 def own_loss_on_processes(group: dist.ProcessGroup, rank: int) -> float:
     case, runner = case_runner("own loss", 2, 4, group)
     return float(runner.step(*case.args, **case.kwargs))

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 import pipework
 from pipework import InputError, Kind, PipeworkError, Runner, Schedule
-from pipework.plan import needs
+from pipework.plan import Send, lower, needs
 from pipework.split.pipe import Pipe
 from tests.models import WIDTH, linear, linears, numbers, trunk
 from tests.run.pipes import case_runner, equal, gradients, piped, runner_of, sequence, unsplit
+from tests.split.equality import State
 
 X, Y = numbers(8, WIDTH), numbers(8, WIDTH, seed=5)
 
@@ -362,6 +363,39 @@ def assert_really_ran(timeline: pipework.Timeline, schedule: Schedule) -> None:
         assert all(one.end <= other.start for one, other in pairwise(spans))
     for span in timeline.spans:
         assert all(ended[need] <= span.start for need in needs(span.action, timeline.schedule))
+
+
+def test_two_runners_on_one_model_and_the_model_itself() -> None:
+    """Each adds to the same gradients; the model is left as it was in all else."""
+    model, reference = sequence(), sequence()
+    state = State.of(model)
+    runners = [runner_of(piped(model, "2")), runner_of(piped(model, "1", "2", "3"), ranks=4)]
+    for runner in (*runners, *runners):
+        runner.step(X, target=Y)
+        unsplit(reference, X, Y, 4)
+        runner.evaluate(X)
+    for each in (model, reference):
+        unsplit(each, X, Y, 4)
+    assert equal(gradients(model), gradients(reference))
+    model.zero_grad()
+    state.assert_still(model)
+
+
+def test_nothing_is_sent_back_that_nobody_needs() -> None:
+    model = sequence()
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(False)
+    pipe = piped(model, "1", "2", "3")
+    runner = runner_of(pipe, ranks=4)
+    runner.step(X, target=Y)
+    layout = runner.recorded.schedule.layout
+    assert layout.gradients == {(2, 3)}
+    transfers = [
+        i.transfer for program in lower(runner.recorded.schedule) for i in program.instructions if isinstance(i, Send)
+    ]
+    back = [t for t in transfers if t.to < t.after.stage]
+    assert {(t.after.stage, t.to) for t in back} == {(3, 2)}
+    assert len(back) == 4
 
 
 # ---------------------------------------------------------------------- what does not fit
