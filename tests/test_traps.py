@@ -2,7 +2,7 @@
 
 A line names a test as `file::function`, or a case of tests/end_to_end/cases.py as `case name`. Each case is trained
 with every family of schedules, its backward in one piece and in halves, on threads and on processes, and compared in
-every bit (tests/end_to_end/test_equality.py); each model of tests/split is called as a pipe, and trained on threads too.
+every bit (tests/end_to_end/test_equality.py); each model of tests/split is called as a pipe, and trained on threads.
 """
 
 from __future__ import annotations
