@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipework.errors import ScheduleError
-from pipework.plan import FAMILIES, Action, Costs, Family, Kind, Layout, Schedule, check, lower, simulate
+from pipework.plan import FAMILIES, Costs, Family, Kind, Layout, Schedule, bound, check, lower, simulate
 
 FIGURES = json.loads((Path(__file__).parent / "data" / "families.json").read_text())
 
@@ -163,26 +163,13 @@ def test_each_is_a_schedule_that_can_be_carried_out(case: tuple[Family, Schedule
     lower(schedule)
     assert schedule.name == family.name
     assert schedule.trains == (family.name != "forward_only")
-    assert simulate(schedule, costs).makespan >= floor(schedule, costs)
+    assert simulate(schedule, costs).makespan >= bound(schedule, costs)
     ranks = schedule.layout.ranks
     if schedule.microbatches_of is None:
         every_skip = frozenset((u, v) for v in range(schedule.layout.stages) for u in range(v))
         check(schedule.with_layout(Layout(schedule.layout.rank_of, every_skip)))
     for peak, limit in zip(simulate(schedule).peaks, limits(family.name, schedule), strict=True):
         assert peak <= limit, ranks
-
-
-def floor(schedule: Schedule, costs: Costs) -> float:
-    """No rank ends before it has done its work, and it cannot begin before the first microbatch reaches it."""
-    layout, way = schedule.layout, 0.0
-    reached: dict[int, float] = {}
-    for stage in range(layout.stages):
-        way = 0.0 if not layout.fed_by(stage) else way
-        reached.setdefault(layout.rank_of[stage], way)
-        reached[layout.rank_of[stage]] = min(reached[layout.rank_of[stage]], way)
-        for later in layout.feeds(stage):
-            way += costs.duration(Action(stage, Kind.FORWARD, 0)) + costs.delay(stage, later, layout)
-    return max(reached[rank] + sum(map(costs.duration, order)) for rank, order in enumerate(schedule.orders) if order)
 
 
 def limits(name: str, schedule: Schedule) -> list[int]:
