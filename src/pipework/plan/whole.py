@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from pipework.errors import ScheduleError
 from pipework.plan.action import Action, Kind
 from pipework.plan.schedule import Schedule
@@ -89,7 +91,9 @@ def _fault(action: Action, rank: int, schedule: Schedule) -> str:
         return f"is of an unknown stage: there are {layout.stages}"
     if not 0 <= action.microbatch < schedule.microbatches:
         return f"is of an unknown microbatch: there are {schedule.microbatches}"
-    if action.microbatch not in schedule.taken_by(action.stage):
+    taken = schedule.taken_by(action.stage)
+    position = bisect_left(taken, action.microbatch)  # `in` would go through all of them, for each action
+    if position == len(taken) or taken[position] != action.microbatch:
         return f"is of a microbatch that stage {action.stage} does not take"
     if layout.rank_of[action.stage] != rank:
         return f"is not at home: rank {layout.rank_of[action.stage]} holds stage {action.stage}"

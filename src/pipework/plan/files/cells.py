@@ -10,7 +10,7 @@ from typing import Literal, final
 
 from pipework.errors import ScheduleError
 from pipework.plan.action import Action, Kind
-from pipework.plan.files.text import MANY
+from pipework.plan.files.text import MANY, STAGES
 from pipework.plan.layout import Layout
 from pipework.plan.program import Compute, Instruction, Receive, Send
 from pipework.plan.rules import Transfer
@@ -108,6 +108,8 @@ class Rows:
         microbatches = set[int]().union(*taken.values())
         self._require_no_gap("microbatch", microbatches, [(cell.microbatch, cell) for row in rows for cell in row])
         if layout is None:
+            if len(taken) > STAGES:
+                raise ScheduleError(f"the file has more than {STAGES} stages", where=self.file)
             self._require_no_gap("stage", set(taken), [(cell.stage, cell) for row in rows for cell in row])
             layout = self._layout(rows, len(taken))
         if len(rows) != layout.ranks:

@@ -8,7 +8,7 @@ from typing import NoReturn, cast, final
 from pipework.errors import ScheduleError
 from pipework.plan.action import Action
 from pipework.plan.check import check
-from pipework.plan.files.text import MANY, File, name_of, read, write
+from pipework.plan.files.text import MANY, STAGES, File, name_of, read, write
 from pipework.plan.layout import Layout
 from pipework.plan.schedule import Schedule
 
@@ -127,6 +127,8 @@ class _Record:
         # Every microbatch has actions: a larger number is not worth a look at all those that are missing.
         if microbatches > actions or actions > MANY:
             raise self.wrong(f"{microbatches} microbatches do not go with {actions} actions", "microbatches")
+        if len(rank_of) > STAGES:
+            raise self.wrong(f"there are more than {STAGES} stages", "rank_of")
         if max(rank_of, default=0) >= len(orders):
             raise self.wrong(f"a stage is on rank {max(rank_of)}, but there are orders for {len(orders)}", "rank_of")
         edges, gradients = self.edges("edges"), self.edges("gradients")

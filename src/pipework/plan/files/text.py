@@ -12,6 +12,7 @@ File = str | os.PathLike[str] | IO[Any]
 
 LARGEST = 2**24  # bytes: about ten for each of as many actions as there may be
 MANY = 2_000_000  # actions, or needs between them: what can be gone through in seconds
+STAGES = 100_000
 
 
 def name_of(file: File) -> str:
