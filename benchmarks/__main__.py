@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import halves, host, imports, plan, stage_code, step
+from benchmarks import halves, host, imports, plan, search, stage_code, step
 from benchmarks.sizes import BY_NAME
 
 
@@ -17,12 +17,15 @@ def main() -> None:
     if parser.parse_args().quick:
         print(imports.benchmark(repeats=1).markdown())
         print(plan.benchmark(sizes=((4, 32),)).markdown())
+        print(
+            search.benchmark(seconds=1.0, cases=[(name, given, None) for name, given in search.others()][:1]).markdown()
+        )
         print(stage_code.benchmark(BY_NAME["tiny"], repeats=3).markdown())
         print(halves.benchmark((BY_NAME["tiny"],), repeats=1, microbatches=1).markdown())
         print(host.benchmark(repeats=1, seconds=0.1).markdown())
         print(step.benchmark([BY_NAME["minimal"], BY_NAME["tiny"]], repeats=1, seconds=0.1).markdown())
         return
-    for benchmark in (imports, plan, stage_code, halves, host, step):
+    for benchmark in (imports, plan, search, stage_code, halves, host, step):
         print(f"--- {benchmark.__name__}", flush=True)
         benchmark.benchmark().write()
 

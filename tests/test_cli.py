@@ -67,6 +67,10 @@ class Counting(nn.Linear):
         return super().forward(input) * Counting.calls
 
 
+def four() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))), batch()
+
+
 def counting() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(Counting(4, 4), nn.Linear(4, 4)), batch()
 
@@ -89,12 +93,12 @@ def refusal(capsys: Capture, *arguments: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["split"], ["draw"], ["compare"], ["verify"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["split"], ["draw"], ["compare"], ["verify"], ["search"]])
 def test_every_command_explains_itself(capsys: Capture, command: list[str]) -> None:
     assert "Usage: pipework" in printed(capsys, *command, *(["--help"] if command else []))
 
 
-@pytest.mark.parametrize("arguments", [["draw", "--help"], ["compare", "--json"], ["draw", "gpipe"]])
+@pytest.mark.parametrize("arguments", [["draw", "--help"], ["compare", "--json"], ["search", "--seconds", "0"]])
 def test_planning_does_not_import_torch(arguments: list[str]) -> None:
     code = f"import sys; from pipework.cli import main; main({arguments}); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
@@ -172,6 +176,32 @@ def test_compare_says_which_family_does_not_fit(capsys: Capture) -> None:
     assert note.startswith("chimera wants two replicas of the model on an even number of ranks")
 
 
+@pytest.mark.parametrize("name", ["plan.json", "plan.csv"])
+def test_a_schedule_is_saved_and_stands_for_a_family(capsys: Capture, tmp_path: Path, name: str) -> None:
+    file = str(tmp_path / name)
+    made = json.loads(printed(capsys, "draw", "zero_bubble_v", "--ranks", "2", "--save", file, "--json"))
+    drawn = json.loads(printed(capsys, "draw", file, "--json"))
+    assert {**drawn, "schedule": ""} == {**made, "schedule": ""}
+    compared = ("compare", file, "zero_bubble_v", "--json", "--ranks", "2", "--microbatches", "8")
+    first, second = json.loads(printed(capsys, *compared))["schedules"]
+    assert {**first, "schedule": ""} == {**second, "schedule": ""}
+    assert "give --ranks 2 --microbatches 8" in refusal(capsys, "compare", file)
+    report = json.loads(printed(capsys, "verify", f"{HERE}:four", "--schedule", file, "--json"))
+    assert report["equal"]
+    assert "cannot read" in refusal(capsys, "draw", f"no-{name}")
+
+
+def test_search_finds_a_schedule_and_says_how_good_it_is(capsys: Capture, tmp_path: Path) -> None:
+    costs = ("--forward", "10,10,10,15", "--input-gradient", "10,10,10,15", "--weight-gradient", "10,10,10,15")
+    asked = ("search", *costs, "--transfer", "1", "--microbatches", "16", "--memory", "4")
+    told = json.loads(printed(capsys, *asked, "--save", str(tmp_path / "plan.json"), "--json"))
+    assert (told["makespan"], told["bound"], told["optimal"], told["ranks"]) == (753, 753, True, 4)
+    assert printed(capsys, *asked).splitlines()[-1].startswith("makespan 753, optimal; ")
+    options = ("--vee", "--ranks", "2", "--microbatches", "2", "--memory", "4,5", "--span", "--whole-backward")
+    assert "makespan 16, span 16" in printed(capsys, "search", *options, "--seconds", "0")
+    assert json.loads((tmp_path / "plan.json").read_text())["microbatches"] == 16
+
+
 def test_split_prints_the_table(capsys: Capture) -> None:
     assert printed(capsys, "split", *LINE, "--at", "second", "--at", "third").splitlines() == [
         "stage  modules  parameters  sends per microbatch",
@@ -239,6 +269,11 @@ def test_verify_on_processes(capfd: pytest.CaptureFixture[str]) -> None:
         (["draw", "gpipe", "--per-rank", "2"], "gpipe wants one stage per rank"),
         (["draw", "chimera", "--ranks", "3"], "use Layout.bidirectional(4)"),
         (["draw", "gpipe", "--page", "no/such/folder/page.html"], "cannot write no/such/folder/page.html"),
+        (["draw", "gpipe", "--save", "plan.txt"], "let it end in .json, or in .csv for torch"),
+        (["draw", "gpipe", "--save", "no/such/folder/plan.csv"], "cannot write 'no/such/folder/plan.csv'"),
+        (["search", "--forward", "1,two"], "'1,two' is not a number"),
+        (["search", "--forward", "1,2"], "costs give forward for 2 stages, but the layout has 4"),
+        (["search", "--memory", "0.5"], "does not hold one microbatch"),
         (["compare", "one_f_1b"], "nearest existing: one_f_one_b"),
         (["compare", "dual_pipe", "--microbatches", "1"], "use at least 2 microbatches"),
         (["split", "tests"], "write MODULE:FUNCTION"),

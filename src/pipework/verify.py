@@ -120,7 +120,10 @@ def verify(  # noqa: PLR0913 (one for each thing that a user may vary)
     batch = bind(model, *_own((args, named)))
     parts = [batch.with_values(values) for values in chunk(batch.values, microbatches)]
     wanted = _family(schedule) if isinstance(schedule, str) else schedule
-    usual = wanted.layout(ranks).stages if isinstance(wanted, Family) else ranks
+    if isinstance(wanted, Family):
+        usual = wanted.layout(ranks).stages
+    else:
+        usual = wanted.layout.stages if isinstance(wanted, Schedule) else ranks
     pipe = _pipe(pipelined, parts[0], split_spec, stages, usual)
     plan = _schedule(wanted, pipe, ranks, microbatches)
     runner = Runner(pipe, plan, loss=loss, group=group)

@@ -1,4 +1,4 @@
-"""The command line: `pipework demo`, `split`, `draw`, `compare` and `verify`."""
+"""The command line: `pipework demo`, `split`, `draw`, `compare`, `verify` and `search`."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
-"""The five commands. Those that only plan never import torch."""
+"""The commands. Those that only plan never import torch."""
 
 from __future__ import annotations
 
-import json as jsonlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from pipework.cli.terminal import percent, print_timeline
-from pipework.errors import InputError, ScheduleError, nearest
-from pipework.plan import FAMILIES, Costs, Family, Kind, Timeline, crossings, simulate
+from pipework.cli.output import figures, print_comparison, print_json, require_folder, spans, write
+from pipework.cli.plans import known, load, save, search
+from pipework.cli.terminal import print_timeline
+from pipework.errors import ScheduleError
+from pipework.plan import FAMILIES, Costs, Kind, Schedule, Timeline, simulate
 from pipework.show import html, trace
 
 app = typer.Typer(
@@ -25,9 +25,12 @@ app = typer.Typer(
 
 _FAMILIES = ", ".join(FAMILIES)
 
-Name = Annotated[str, typer.Argument(metavar="FAMILY", help=f"One of {_FAMILIES}.")]
+_OR_FILE = "or a file of a schedule, .json or .csv, for the ranks and microbatches that it says"
+
+Name = Annotated[str, typer.Argument(metavar="FAMILY", help=f"One of {_FAMILIES}, {_OR_FILE}.")]
 Names = Annotated[
-    list[str] | None, typer.Argument(metavar="[FAMILY]...", help=f"Of {_FAMILIES}; all that train unless given.")
+    list[str] | None,
+    typer.Argument(metavar="[FAMILY]...", help=f"Of {_FAMILIES}, {_OR_FILE}; all families that train unless given."),
 ]
 Factory = Annotated[
     str,
@@ -54,6 +57,9 @@ Microbatches = Annotated[int, typer.Option(min=1, help="Number of microbatches."
 PerRank = Annotated[int | None, typer.Option(min=1, help="Stages per rank; unless given, as is usual for the family.")]
 Duration = Annotated[float, typer.Option(min=0, metavar="NUMBER", help="How long it takes, in any one unit.")]
 Page = Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw to an HTML page.")]
+Save = Annotated[
+    Path | None, typer.Option("--save", metavar="FILE", help="Also write the schedule, as .json or as torch's .csv.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
@@ -65,13 +71,13 @@ def demo(
     json: Json = False,
 ) -> int:
     """A small GPT learns Python's standard library, as a pipeline of processes proven equal to the unsplit model."""
-    _require_folder(page)
+    require_folder(page)
     from pipework.cli.launch import launch
     from pipework.demo import run
 
     told = launch(ranks, run, steps, page, json)[0]
     if json:
-        _print_json(told)
+        print_json(told)
     return 0 if told["equal"] else 1
 
 
@@ -103,7 +109,7 @@ def split(
     if save is not None:
         pipe.cut_points.save(save)
     if json:
-        _print_json({"stages": rows(pipe)})
+        print_json({"stages": rows(pipe)})
     else:
         typer.echo(str(pipe))
 
@@ -122,19 +128,21 @@ def draw(  # noqa: PLR0913, PLR0917 - an option each
     trace_file: Annotated[
         Path | None, typer.Option("--trace", metavar="FILE", help="Also write a trace for ui.perfetto.dev.")
     ] = None,
+    save_file: Save = None,
     json: Json = False,
 ) -> None:
     """Draw a schedule as a grid of ranks over time. The durations are those of one stage's work on one microbatch."""
     costs = Costs(forward, input_gradient, weight_gradient, transfer)
-    known = _family(family)
-    schedule = known.plan(known.layout(ranks, per_rank), microbatches, costs)
+    schedule = load(family) or known(family).plan(known(family).layout(ranks, per_rank), microbatches, costs)
     timeline = simulate(schedule, costs)
+    if save_file is not None:
+        save(schedule, save_file)
     if page is not None:
-        _write(page, html.page({family: timeline}, title=schedule.describe()))
+        write(page, html.page({family: timeline}, title=schedule.describe()))
     if trace_file is not None:
-        _write(trace_file, trace.perfetto({family: timeline}))
+        write(trace_file, trace.perfetto({family: timeline}))
     if json:
-        _print_json({**_figures(timeline), "spans": _spans(timeline)})
+        print_json({**figures(timeline), "spans": spans(timeline)})
     else:
         print_timeline(Console(), timeline)
 
@@ -166,10 +174,8 @@ def compare(  # noqa: PLR0913, PLR0917 - an option each
     timelines: dict[str, Timeline] = {}
     refused: dict[str, ScheduleError] = {}
     for name in dict.fromkeys(families or _training_families()):
-        family = _family(name)
         try:
-            layout = family.layout(ranks, per_rank if family.per_rank > 1 else None)
-            schedule = family.plan(layout, microbatches, costs(ranks / layout.stages))
+            schedule = _compared(name, ranks, microbatches, per_rank, costs)
         except ScheduleError as error:
             refused[name] = error
             continue
@@ -178,12 +184,12 @@ def compare(  # noqa: PLR0913, PLR0917 - an option each
     if not timelines:
         raise next(iter(refused.values()))
     if page is not None:
-        _write(page, html.page(timelines, title=f"{ranks} ranks, {microbatches} microbatches"))
+        write(page, html.page(timelines, title=f"{ranks} ranks, {microbatches} microbatches"))
     if json:
-        figures = [_figures(timeline) for timeline in timelines.values()]
-        _print_json({"schedules": figures, "refused": {family: error.what for family, error in refused.items()}})
+        told = [figures(timeline) for timeline in timelines.values()]
+        print_json({"schedules": told, "refused": {family: error.what for family, error in refused.items()}})
     else:
-        _print_comparison(timelines, refused)
+        print_comparison(timelines, refused)
 
 
 @app.command()
@@ -193,7 +199,7 @@ def verify(  # noqa: PLR0913, PLR0917 - an option each
     stages: Stages = None,
     at: At = None,
     cut: Cut = None,
-    schedule: Annotated[str, typer.Option(metavar="FAMILY", help=f"One of {_FAMILIES}.")] = "one_f_one_b",
+    schedule: Annotated[str, typer.Option(metavar="FAMILY", help=f"One of {_FAMILIES}, {_OR_FILE}.")] = "one_f_one_b",
     ranks: Ranks = 2,
     microbatches: Microbatches = 4,
     loss: Annotated[
@@ -217,83 +223,39 @@ def verify(  # noqa: PLR0913, PLR0917 - an option each
     """
     from pipework.cli.proof import Proof
 
-    _family(schedule)
+    plan = load(schedule)
+    if plan is None:
+        known(schedule)
+    else:
+        ranks = plan.layout.ranks
     proof = Proof(factory, example, stages, tuple(at or ()), cut, schedule, ranks, microbatches, loss)
     report = proof.on_processes() if processes else proof.on_threads()
     if json:
-        _print_json(report.as_dict())
+        print_json(report.as_dict())
     else:
         typer.echo(report.text())
     return 0 if report.equal else 1
 
 
-def _family(name: str) -> Family:
-    if name not in FAMILIES:
-        raise InputError(f"there is no schedule {name!r}{nearest(name, FAMILIES)}", remedy=f"use one of {_FAMILIES}")
-    return FAMILIES[name]
+def _compared(
+    name: str, ranks: int, microbatches: int, per_rank: int | None, costs: Callable[[float], Costs]
+) -> Schedule:
+    """The schedule of a family or a file, for so many ranks and microbatches."""
+    found = load(name)
+    if found is None:
+        family = known(name)
+        layout = family.layout(ranks, per_rank if family.per_rank > 1 else None)
+        return family.plan(layout, microbatches, costs(ranks / layout.stages))
+    if (found.layout.ranks, found.microbatches) != (ranks, microbatches):
+        raise ScheduleError(
+            f"{name} is for {found.layout.ranks} ranks and {found.microbatches} microbatches",
+            remedy=f"give --ranks {found.layout.ranks} --microbatches {found.microbatches}",
+        )
+    return found
 
 
 def _training_families() -> Iterator[str]:
     return (name for name in FAMILIES if name != "forward_only")
 
 
-def _figures(timeline: Timeline) -> dict[str, Any]:
-    schedule = timeline.schedule
-    layout = schedule.layout
-    return {
-        "schedule": schedule.name,
-        "ranks": layout.ranks,
-        "stages": layout.stages,
-        "microbatches": schedule.microbatches,
-        "makespan": timeline.makespan,
-        "span": timeline.span,
-        "bubble": timeline.bubble,
-        "bubble_of_span": timeline.bubble_of_span,
-        "peaks": timeline.peaks,
-        "transfers": crossings(schedule),
-    }
-
-
-def _spans(timeline: Timeline) -> list[dict[str, Any]]:
-    return [
-        {"rank": span.rank, "action": str(span.action), "start": span.start, "end": span.end} for span in timeline.spans
-    ]
-
-
-def _print_comparison(timelines: Mapping[str, Timeline], refused: Mapping[str, ScheduleError]) -> None:
-    table = Table("schedule", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("stages", "makespan", "span", "bubble", "peak", "transfers"):
-        table.add_column(column, justify="right")
-    for family, timeline in timelines.items():
-        figures = _figures(timeline)
-        table.add_row(
-            family,
-            str(figures["stages"]),
-            f"{timeline.makespan:.4g}",
-            f"{timeline.span:.4g}",
-            percent(timeline.bubble),
-            f"{max(timeline.peaks):.4g}",
-            str(figures["transfers"]),
-        )
-    console = Console()
-    console.print(table)
-    for error in refused.values():
-        console.print(f"{error.what}; {error.remedy}", style="yellow", markup=False, soft_wrap=True)
-
-
-def _require_folder(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise InputError(f"there is no folder {path.parent}", remedy=f"create it, or write {path.name} elsewhere")
-
-
-def _print_json(data: object) -> None:
-    typer.echo(jsonlib.dumps(data, indent=2))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror}", remedy="name a file in a folder that exists"
-        ) from error
+app.command()(search)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from pipework.cli.launch import launch
 from pipework.cli.load import blamed, function, split_spec, subject
+from pipework.cli.plans import load
 from pipework.errors import InputError
 from pipework.split.trees import leaves
 from pipework.verify import Report, verify
@@ -53,7 +54,7 @@ class Proof:
                 loss=lambda output, _: own(output),
                 split_spec=split_spec(self.at, self.cut),
                 stages=self.stages,
-                schedule=self.schedule,
+                schedule=load(self.schedule) or self.schedule,
                 ranks=self.ranks,
                 microbatches=self.microbatches,
                 group=group,
