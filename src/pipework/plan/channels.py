@@ -31,7 +31,6 @@ from pipework.plan.walk import Times
 Channels = Literal["free", "edge", "pair", "rank"]
 """What transfers wait for: nothing but their value, or others on the same edge, between the same ranks, of one rank."""
 
-
 Node = Action | Transfer
 
 
