@@ -20,8 +20,9 @@ import torch
 from pipework.plan import Action, Compute, Instruction, Kind, Layout, Program, Receive, Span, Transfer
 from pipework.run.backward import Later, SplitBackward
 from pipework.run.buffers import WrittenBuffers
+from pipework.run.layouts import Layouts
 from pipework.run.tied import TiedStage, spread
-from pipework.run.transport import Arrival, Transport, Wait
+from pipework.run.transport import Arrival, Tensors, Transport, Wait
 from pipework.split.cut import Edge, Wire
 from pipework.split.draws import DrawKey, drawing_for
 from pipework.split.pipe import Variant
@@ -122,7 +123,7 @@ class StageRun:
         self.calls_before = variant.calls_before[index] if draws else None
         self.alone: contextlib.AbstractContextManager[Any] = _casting if _casts(variant) else _NOTHING
 
-    def forward(self, microbatch: int, feed: Feed, received: Sequence[Sequence[torch.Tensor]]) -> Kept:
+    def forward(self, microbatch: int, feed: Feed, received: Sequence[Tensors]) -> Kept:
         """Run the stage on what came over each incoming edge."""
         inputs = feed.inputs[microbatch]
         taken: list[Any] = [inputs[position] for _, position in self.part.inputs]
@@ -147,13 +148,15 @@ class StageRun:
             halves.look_at(out if loss is None else (*out, loss))
         return Kept(taken, out, loss, gradients, in_halves)
 
-    def backward(self, kept: Kept, gradients: Sequence[Sequence[torch.Tensor]]) -> None:
+    def backward(self, kept: Kept, gradients: Sequence[Tensors]) -> None:
         """Go back from the loss and from what came back over each outgoing edge that returns gradients."""
         roots: list[torch.Tensor] = []
         seeds: list[torch.Tensor | None] = []
         returning = (end for end in self.outgoing if end.back)
         for end, came in zip(returning, gradients, strict=True):
             for (position, wire), gradient in zip(end.back, came, strict=True):
+                if gradient is None:
+                    continue
                 root = self.tied.leaves[wire.parameter] if wire.parameter else kept.out[position]
                 if root.requires_grad:
                     roots.append(root)
@@ -170,16 +173,16 @@ class StageRun:
         if roots:
             torch.autograd.backward(roots, seeds)
 
-    def input_gradient(self, microbatch: int, kept: Kept, gradients: Sequence[Sequence[torch.Tensor]]) -> Later:
+    def input_gradient(self, microbatch: int, kept: Kept, gradients: Sequence[Tensors]) -> Later:
         """Go back as `backward` does, but leave the gradients of weights for later."""
         halves = self.halves[microbatch]
         with halves.at_work() if kept.in_halves else _NOTHING:
             return halves.input_gradient(partial(self.backward, kept, gradients))
 
-    def returned(self, end: _End, kept: Kept) -> list[torch.Tensor]:
-        """The gradients that go back over an incoming edge, after the backward."""
+    def returned(self, end: _End, kept: Kept) -> Tensors:
+        """The gradients that go back over an incoming edge, after the backward; None where nothing gave one."""
         return [
-            self.tied.take_gradient(wire.parameter) if wire.parameter else _gradient(kept, position)
+            self.tied.take_gradient(wire.parameter) if wire.parameter else kept.gradients.get(position)
             for position, wire in end.back
         ]
 
@@ -192,6 +195,12 @@ class Route:
     peer: int
     channel: int
     wires: tuple[Wire, ...]
+    layouts: Layouts | None  # of gradients that leave the process, or come from another
+
+    @property
+    def settled(self) -> bool:
+        """Whether both ends know what a transfer is like."""
+        return self.layouts is None or self.layouts.settled
 
 
 @final
@@ -219,9 +228,8 @@ class Executor:
         self._run_of = {(index, m): made[index, v] for index in stages for m, v in enumerate(variants)}
         self._edges = [{(e.source, e.target): e for e in variant.cut.edges} for variant in variants]
         self._channels = {pair: number for number, pair in enumerate(sorted(layout.edges))}
-        self._program = _ahead(
-            [self._bound(instruction) for instruction in program.instructions], transport.receives_ahead
-        )
+        self._in_order = [self._bound(instruction) for instruction in program.instructions]
+        self._program = self._in_order  # until it is known how gradients are laid out
         self._ties, self._stages = (variants[0].ties if trains and not transport.in_one_process else ()), stages
 
     def run(self, feed: Feed) -> None:
@@ -242,6 +250,8 @@ class Executor:
                 run.buffers.settle()
                 for halves in run.halves.values():
                     halves.forget()
+        if self._program is self._in_order:
+            self._program = _ahead(self._in_order, self.transport.receives_ahead)
         if self._ties:
             spread(self._ties, self.layout, self._stages, self.transport, 2 * len(self._channels))
 
@@ -261,11 +271,14 @@ class Executor:
         forward = source < target
         pair = (source, target) if forward else (target, source)
         edge = self._edges[transfer.after.microbatch].get(pair, Edge(*pair, ()))
+        wires = edge.values if forward else edge.gradients
+        device = self.devices[source if self.is_here(source) else target]
         return Route(
             key=(source, target, transfer.after.microbatch),
             peer=self.layout.rank_of[target if self.is_here(source) else source],
             channel=2 * self._channels[pair] + (not forward),
-            wires=edge.values if forward else tuple(_returned(wire) for wire in edge.gradients),
+            wires=wires,
+            layouts=None if forward or self.transport.in_one_process else Layouts(wires, device),
         )
 
 
@@ -275,16 +288,18 @@ Bound = tuple[Callable[["_Step", Any], None], Any]
 def _ahead(program: list[Bound], count: int) -> list[Bound]:
     """The program with the first `count` receives of each channel at its start, and each later one `count` earlier.
 
-    Only for a transport on which being ready blocks nobody; the order within each channel stays.
+    Only for a transport on which being ready blocks nobody; the order within each channel stays. Where gradients are
+    still described, a receive waits for the description, so that the receives of that channel stay where they are.
     """
+    waiting_ones = {route.channel for do, route in program if do is _Step.receive and not route.settled}
     channels: dict[int, deque[Bound]] = {}
     for bound in program:
-        if bound[0] is _Step.receive:
+        if bound[0] is _Step.receive and bound[1].channel not in waiting_ones:
             channels.setdefault(bound[1].channel, deque()).append(bound)
     start = [waiting.popleft() for waiting in channels.values() for _ in range(min(count, len(waiting)))]
     rest: list[Bound] = []
     for bound in program:
-        if bound[0] is not _Step.receive:
+        if bound[0] is not _Step.receive or bound[1].channel not in channels:
             rest.append(bound)
         elif channels[bound[1].channel]:
             rest.append(channels[bound[1].channel].popleft())
@@ -299,20 +314,22 @@ class _Step:
         self.kept: dict[Action, Kept] = {}
         self.later: dict[Action, Later] = {}
         self.arrivals: dict[tuple[int, int, int], Arrival] = {}
-        self.ready: dict[tuple[int, int, int], Sequence[torch.Tensor]] = {}  # made here, for here or to be sent
+        self.ready: dict[tuple[int, int, int], Tensors] = {}  # made here, for here or to be sent
         self.sending: dict[int, deque[Wait]] = {}  # by channel
 
     def receive(self, route: Route) -> None:
         executor = self.executor
         device = executor.devices[route.key[1]]
-        self.arrivals[route.key] = executor.transport.receive(route.wires, route.peer, route.channel, device)
+        receive = partial(executor.transport.receive, source=route.peer, channel=route.channel, device=device)
+        self.arrivals[route.key] = route.layouts.receive(receive) if route.layouts else receive(route.wires)
 
     def send(self, route: Route) -> None:
         under_way = self.sending.setdefault(route.channel, deque())
         if len(under_way) == SENDS_UNDER_WAY:
             under_way.popleft()()
         tensors = self.ready.pop(route.key, ())  # nothing, where only other microbatches send over this edge
-        under_way.append(self.executor.transport.send(tensors, route.wires, route.peer, route.channel))
+        send = partial(self.executor.transport.send, to=route.peer, channel=route.channel)
+        under_way.append(route.layouts.send(tensors, send) if route.layouts else send(tensors, route.wires))
 
     def finish(self) -> None:
         for under_way in self.sending.values():
@@ -358,7 +375,7 @@ class _Step:
         run.halves[action.microbatch].weight_gradient(self.later.pop(action))
         self.record(action, begin)
 
-    def arrived(self, source: int, action: Action) -> Sequence[torch.Tensor]:
+    def arrived(self, source: int, action: Action) -> Tensors:
         """What another stage made for this action."""
         key = source, action.stage, action.microbatch
         return self.ready.pop(key) if self.executor.is_here(source) else self.arrivals.pop(key)()
@@ -390,19 +407,3 @@ def _casts(variant: Variant) -> bool:
     ambient = Surroundings.now().autocast
     entries = (entry for part in variant.cut.parts for entry in part.entries)
     return any(on for entry in entries for (_, on, _) in set(entry.surroundings.autocast).difference(ambient))
-
-
-def _returned(wire: Wire) -> Wire:
-    """What a value's gradient travels as: laid out as the value, unless elements of that share memory (`expand`)."""
-    reach = 0
-    for step, size in sorted(zip(wire.stride, wire.shape, strict=True)):
-        if size > 1 and step <= reach:
-            return dataclasses.replace(wire, stride=torch.empty(wire.shape, device="meta").stride())
-        reach += (size - 1) * step
-    return wire
-
-
-def _gradient(kept: Kept, position: int) -> torch.Tensor:
-    """The gradient of a stage's input; zeros where the stage used the value without one."""
-    found = kept.gradients.get(position)
-    return torch.zeros_like(kept.taken[position]) if found is None else found

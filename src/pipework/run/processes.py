@@ -11,7 +11,7 @@ import torch.distributed as dist
 from typing_extensions import override
 
 from pipework.errors import TransportError
-from pipework.run.transport import Arrival, Transport, Wait, announced
+from pipework.run.transport import Arrival, Tensors, Transport, Wait, announced
 from pipework.split.cut import Wire
 from pipework.split.torch_private import timeout_of
 
@@ -58,8 +58,9 @@ class ProcessTransport(Transport):
             self._lanes, self.receives_ahead = _lanes(group), GLOO_RECEIVES_AHEAD
 
     @override
-    def send(self, tensors: Sequence[torch.Tensor], wires: Sequence[Wire], to: int, channel: int) -> Wait:
-        laid = [_laid(tensor, wire) for tensor, wire in zip(tensors, wires, strict=True)]
+    def send(self, tensors: Tensors, wires: Sequence[Wire], to: int, channel: int) -> Wait:
+        laid = [_laid(tensor, wire) for tensor, wire in zip(tensors, wires, strict=True) if tensor is not None]
+        assert len(laid) == len(wires)
         spans = [span for span in map(_span, laid) if span.numel()]
         works = [self._lane(channel % 2).send([span], to, channel) for span in spans]
 

@@ -8,12 +8,14 @@ it is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import final
 
 import torch
 from torch import nn
 
 from pipework.plan import Layout
+from pipework.run.layouts import Layouts
 from pipework.run.transport import Transport
 from pipework.split.cut import Wire
 from pipework.split.preserve import simple_attributes
@@ -61,11 +63,11 @@ class TiedStage:
         twins = [self.leaves[name] for name in self._twinned]
         return [p for p in self.stage.parameters() if all(p is not twin for twin in twins)]
 
-    def take_gradient(self, name: str) -> torch.Tensor:
+    def take_gradient(self, name: str) -> torch.Tensor | None:
         """What the last backward added for a twin, which has none afterwards."""
         leaf = self.leaves[name]
         gradient, leaf.grad = leaf.grad, None
-        return torch.zeros_like(leaf) if gradient is None else gradient
+        return gradient
 
 
 def spread(ties: Sequence[Tie], layout: Layout, stages: Mapping[int, Stage], end: Transport, channel: int) -> None:
@@ -77,9 +79,12 @@ def spread(ties: Sequence[Tie], layout: Layout, stages: Mapping[int, Stage], end
             continue
         parameter = stages[mine].get_parameter(tie.held_as[mine])
         wire = Wire(NO_VALUE, tuple(parameter.shape), parameter.stride(), parameter.dtype, True, tie.name)
+        place = channel + number
+        # Told in each step how it is laid out, and whether it is there: no loss may have reached it.
         if end.rank == first:
-            total = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            for wait in [end.send([total], [wire], rank, channel + number) for rank in others]:
-                wait()
+            for rank in others:
+                send = partial(end.send, to=rank, channel=place)
+                Layouts([wire], parameter.device).send([parameter.grad], send)()
         else:
-            (parameter.grad,) = end.receive([wire], first, channel + number, parameter.device)()
+            receive = partial(end.receive, source=first, channel=place, device=parameter.device)
+            (parameter.grad,) = Layouts([wire], parameter.device).receive(receive)()

@@ -21,7 +21,10 @@ from pipework.errors import MismatchError, PipeworkError, TransportError
 from pipework.split.cut import Wire
 
 Wait = Callable[[], None]
-Arrival = Callable[[], list[torch.Tensor]]
+Tensors = Sequence[torch.Tensor | None]
+"""What a message holds; None is a gradient that was never made."""
+
+Arrival = Callable[[], Tensors]
 Way = tuple[int, int, int]  # from rank, to rank, channel
 
 
@@ -35,9 +38,10 @@ class Transport(ABC):
     receives_ahead: int = 0  # how many messages of a channel it pays to be ready for from the step's start
 
     @abstractmethod
-    def send(self, tensors: Sequence[torch.Tensor], wires: Sequence[Wire], to: int, channel: int) -> Wait:
+    def send(self, tensors: Tensors, wires: Sequence[Wire], to: int, channel: int) -> Wait:
         """Begin to send; the tensors must not change until what is returned has been called, which blocks until then.
 
+        Only threads hand over a None; for processes `Layouts` sees to it.
         Raises `MismatchError` for a tensor that is not what its wire announced.
         """
 
@@ -155,17 +159,22 @@ class ThreadTransport(Transport):
         self._shelves = shelves
 
     @override
-    def send(self, tensors: Sequence[torch.Tensor], wires: Sequence[Wire], to: int, channel: int) -> Wait:
+    def send(self, tensors: Tensors, wires: Sequence[Wire], to: int, channel: int) -> Wait:
         for tensor, wire in zip(tensors, wires, strict=True):
-            announced(tensor, wire)
-        ready = [_marked(tensor) for tensor in tensors]
+            if tensor is not None:
+                announced(tensor, wire)
+        ready = [None if tensor is None else _marked(tensor) for tensor in tensors]
         self._shelves.put((self.rank, to, channel), ready)
         return _done
 
     @override
     def receive(self, wires: Sequence[Wire], source: int, channel: int, device: torch.device) -> Arrival:
         arrival = self._shelves.claim((source, self.rank, channel))
-        return lambda: [_moved(tensor, made, device) for tensor, made in arrival()]
+
+        def wait() -> Tensors:
+            return [None if ready is None else _moved(ready[0], ready[1], device) for ready in arrival()]
+
+        return wait
 
     @override
     def exchange(self, value: Any) -> list[Any]:
