@@ -14,7 +14,7 @@ def split_1f1b(layout: Layout, microbatches: int, turned: bool = False) -> Sched
     It is interleaved where ranks hold several stages.
     """
     family = "one_f_one_b" if layout.stages == layout.ranks else "interleaved_one_f_one_b"
-    schedule = pipework.schedules.FAMILIES[family](layout, microbatches)
+    schedule = pipework.schedules.FAMILIES[family].build(layout, microbatches)
     orders = []
     for order in schedule.orders:
         done: list[Action] = []

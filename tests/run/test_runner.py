@@ -125,7 +125,7 @@ def test_the_gradient_of_an_input_that_every_microbatch_gets_whole(family: str) 
 
     prompt, twin = (numbers(WIDTH, seed=8).requires_grad_() for _ in range(2))
     pipe = pipework.pipeline(model, (X[:2], prompt))
-    schedule = pipework.schedules.FAMILIES[family](pipe.layout(4), 4)
+    schedule = pipework.schedules.FAMILIES[family].build(pipe.layout(4), 4)
     runner = Runner(pipe, schedule, loss=F.mse_loss, chunk_spec={"prompt": None})
     for _ in range(3):
         runner.step(X, prompt, target=Y)
