@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import pipework
 from examples.gpt import GPT, Config
 from pipework.plan import Schedule
+from tests.families import PER_RANK
+from tests.run.pipes import equal, gradients
+from tests.run.test_backward import halves_of
 
 pytestmark = pytest.mark.gpu
 
@@ -41,20 +45,50 @@ def deterministic() -> Any:
 
 
 @one_gpu
-@pytest.mark.parametrize("family", ["gpipe", "one_f_one_b", "interleaved_one_f_one_b", "looped_bfs"])
+@pytest.mark.parametrize("family", PER_RANK)
 def test_threads_on_one_gpu_equal_the_unsplit_model(family: str) -> None:
     inputs, target = batch("cuda")
-    stages = 4 if family in ("interleaved_one_f_one_b", "looped_bfs") else 2
     report = pipework.verify(
         GPT(Config()).cuda(),
         (inputs,),
         target=target,
         loss=loss,
-        stages=stages,
+        stages=2 * PER_RANK[family],
         schedule=family,
         microbatches=MICROBATCHES,
     )
     assert report.equal, report.text()
+
+
+@one_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None], ids=["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (nn.Linear(64, 48), torch.randn(3, 40, 64)),
+        (nn.Linear(64, 48, bias=False), torch.randn(32, 64)),
+        (nn.Conv2d(8, 16, 3, padding=1, groups=2), torch.randn(4, 8, 9, 9)),
+        (nn.Conv1d(8, 16, 3, stride=2), torch.randn(4, 8, 30)),
+        (nn.Embedding(50, 16, padding_idx=0), torch.arange(50).view(5, 10)),
+    ],
+    ids=["linear", "linear without bias", "conv2d", "conv1d", "embedding"],
+)
+def test_a_backward_in_halves_has_the_bits_of_one_in_one_piece(
+    module: nn.Module, x: torch.Tensor, dtype: torch.dtype | None
+) -> None:
+    module = copy.deepcopy(module).to("cuda", dtype)
+    x = x.to("cuda", dtype if x.is_floating_point() else None)
+    twin, other = copy.deepcopy(module), x.clone()
+    for tensor in (x, other) if x.is_floating_point() else ():
+        tensor.requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype is None):
+        wanted = twin(other)
+        seed = torch.randn_like(wanted)
+        wanted.backward(seed)
+        out, left = halves_of(module, x, seed)
+    assert left == 1
+    assert torch.equal(out, wanted)
+    assert equal({"x": x.grad, **gradients(module)}, {"x": other.grad, **gradients(twin)})
 
 
 def reference(model: torch.nn.Module, inputs: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor | None]:
@@ -93,14 +127,14 @@ def over_nccl(rank: int, store: str) -> None:
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     inputs, target = batch("cuda")
-    for family, stages in (("one_f_one_b", 2), ("gpipe", 2), ("interleaved_one_f_one_b", 4), ("looped_bfs", 4)):
+    for family, per_rank in PER_RANK.items():
         torch.manual_seed(0)
         report = pipework.verify(
             GPT(Config()).cuda(),
             (inputs,),
             target=target,
             loss=loss,
-            stages=stages,
+            stages=2 * per_rank,
             schedule=family,
             microbatches=MICROBATCHES,
             group=dist.group.WORLD,
