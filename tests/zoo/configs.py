@@ -65,6 +65,8 @@ _OF_ONE_CONFIG: dict[str, dict[str, Any]] = {  # what its defaults lack
     "BeitConfig": {"out_indices": [1, 2, 3, 4]},
     "Data2VecVisionConfig": {"out_indices": [1, 2, 3, 4]},
     "Blip2Config": {"image_token_index": VOCABULARY - 1},
+    "LEDConfig": {"attention_window": 8},
+    "LongformerConfig": {"attention_window": 8},
     "EsmConfig": {"vocab_size": VOCABULARY},
     "InstructBlipConfig": {"image_token_index": VOCABULARY - 1},
     "ReformerConfig": {"is_decoder": True},
