@@ -119,6 +119,13 @@ def test_closed_form_of_hanayo(p: int, waves: int, units: int, duration: int) ->
     assert timeline.peaks == tuple((2 * waves - 1) * p + 1 + rank for rank in range(p))
 
 
+@given(st.integers(1, 8), st.integers(0, 9))
+def test_what_less_memory_costs(p: int, more: int) -> None:
+    m = 2 * p + more
+    for name, times in (("v_half", 3), ("v_min", 4)):
+        assert simulate(FAMILIES[name].build(Layout.vee(p), m)).makespan - 6 * m < times * p
+
+
 @given(st.integers(1, 5), st.integers(0, 9), st.integers(2, 9), st.integers(1, 5))
 def test_closed_forms_of_dual_pipe(p: int, more: int, f: int, w: int) -> None:
     """F and I equally long, W not longer: then each rank idles for as long as the paper says."""

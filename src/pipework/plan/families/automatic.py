@@ -8,6 +8,7 @@ from pipework.plan.action import Action, Kind
 from pipework.plan.costs import Costs
 from pipework.plan.families.filling import Filling
 from pipework.plan.families.order import require_microbatches, require_one_stage_per_rank, schedule
+from pipework.plan.families.whole_costs import WholeCosts
 from pipework.plan.layout import Layout
 from pipework.plan.schedule import Schedule
 from pipework.plan.simulate import UNIT
@@ -60,10 +61,8 @@ def _automatic(
     if memory is None:
         most = max(costs.held(Action(stage, Kind.FORWARD, 0)) for stage in range(layout.stages))
         memory = times * layout.ranks * most
-    attempts = (
-        _attempt(Filling(layout, microbatches, costs, memory), microbatches, *choices)
-        for choices in product((True, False), repeat=3)
-    )
+    given = WholeCosts.of(layout, costs, memory)
+    attempts = (_attempt(Filling(given), microbatches, *choices) for choices in product((True, False), repeat=3))
     best = min(attempts, key=lambda attempt: attempt.lengths)
     return schedule(name, layout, microbatches, lambda rank: best.orders[rank])
 
@@ -97,22 +96,22 @@ def _attempt(filling: Filling, microbatches: int, punctual: bool, patient: bool,
 
 def _warm_up(filling: Filling, microbatches: int, punctual: bool) -> list[int]:
     """Forwards until the first backward, and that; returns how many forwards each stage has done."""
-    stages = range(filling.layout.stages)
+    stages, costs = range(filling.layout.stages), filling.costs
     for stage in stages:
         filling.put(Action(stage, Kind.FORWARD, 0))
     forwards = [1 for _ in stages]
     last = stages[-1]
-    over = filling.end(Action(last, Kind.FORWARD, 0)) + filling.duration(Action(last, Kind.INPUT_GRADIENT, 0))
+    over = filling.free[filling.layout.rank_of[last]] + costs.duration[last, Kind.INPUT_GRADIENT]
     for stage, later in reversed(list(pairwise(stages))):
-        arrival = over + filling.delay(later, stage)
-        forward = Action(stage, Kind.FORWARD, 0)
+        arrival = over + costs.delay[stage, later]
+        forward, duration = Action(stage, Kind.FORWARD, 0), costs.duration[stage, Kind.FORWARD]
         free = filling.free[filling.layout.rank_of[stage]]
         while forwards[stage] < microbatches and filling.has_room(forward, others=forwards[stage] - 1):
-            if free + filling.duration(forward) > arrival if punctual else free >= arrival:
+            if free + duration > arrival if punctual else free >= arrival:
                 break
-            free += filling.duration(forward)
+            free += duration
             forwards[stage] += 1
-        over = max(free, arrival) + filling.duration(Action(stage, Kind.INPUT_GRADIENT, 0))
+        over = max(free, arrival) + costs.duration[stage, Kind.INPUT_GRADIENT]
     for stage, later in pairwise(stages):
         if forwards[stage] < microbatches:
             forwards[later] = max(1, min(forwards[later], forwards[stage] - 1))
@@ -137,10 +136,8 @@ def _going(filling: Filling, forwards: list[int], microbatches: int, patient: bo
 
 def _should_wait(filling: Filling, stage: int, later: int) -> bool:
     """Whether another forward would make the next backward late, while waiting for that does no harm."""
-    rank, free = filling.layout.rank_of[stage], filling.free[filling.layout.rank_of[later]]
-    turn = sum(filling.duration(Action(later, kind, 0)) for kind in (Kind.FORWARD, Kind.INPUT_GRADIENT))
-    wait = free + turn + filling.delay(later, stage) - filling.free[rank]
-    forward = Action(stage, Kind.FORWARD, 0)
-    if filling.time_to_make_room(forward) + filling.duration(forward) <= wait:
-        return False
-    return wait <= filling.slack(rank)
+    costs, rank, next_rank = filling.costs, filling.layout.rank_of[stage], filling.layout.rank_of[later]
+    turn = costs.duration[later, Kind.FORWARD] + costs.duration[later, Kind.INPUT_GRADIENT]
+    wait = filling.free[next_rank] + turn + costs.delay[stage, later] - filling.free[rank]
+    needed = filling.time_to_make_room(Action(stage, Kind.FORWARD, 0)) + costs.duration[stage, Kind.FORWARD]
+    return needed > wait and wait <= filling.slack(rank)

@@ -1,10 +1,10 @@
 """Schedules from a building block: one microbatch's way through the ranks in slots of time, repeated every six slots.
 
-    rank 0  F . . . f . . . . B . . . . . b          F f: forwards of the shallow and the deep stage of the rank
-    rank 1    . F . f . . . . . . B . b              B b: input gradients of the deep and the shallow one
+    rank 0  F . . . f . . . B . . . . b      F f: forwards of the shallow and the deep stage of the rank
+    rank 1  . . F f . . . . . . B . b        B b: input gradients of the deep and the shallow one
 
-What an activation lives, summed up, is the memory; so the block chooses between memory and bubble. Repeated, it leaves
-each rank two slots in six for weight gradients, and idle ones where it begins and ends, which are squeezed out.
+How long its activations live is the memory that the schedule takes, so the block chooses between memory and bubble.
+Repeated, it leaves each rank two slots in six for weight gradients; idle ones at both ends are squeezed out.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Block = Callable[[int], tuple[int, int, int, int]]
 
 
 def v_half(layout: Layout, microbatches: int) -> Schedule:
-    """Half the memory of 1F1B, for a bubble of about half a pipeline's length: V-Half (Qi et al., arXiv:2405.15362).
+    """Half the memory and half the bubble of 1F1B: V-Half (Qi et al., arXiv:2405.15362).
 
-    With p ranks a rank keeps at most 2(p // 2) + 2 activations of stages half as large as those of 1F1B. With many
-    microbatches and F, I and W equally long the makespan is longer than the work by about 2p. Choose it
-    where the activations of `zero_bubble_v` do not fit. Takes `Layout.vee` and 1 or more microbatches; raises
-    ScheduleError otherwise.
+    With p ranks a rank keeps at most 2(p // 2) + 2 activations of stages half as large as those of 1F1B. With F, I and
+    W equally long and 2p or more microbatches the makespan is less than 3p longer than the work. Choose it where the
+    activations of `zero_bubble_v` do not fit. Takes `Layout.vee` and 1 or more microbatches; raises ScheduleError
+    otherwise.
 
     >>> from pipework.plan import simulate
     >>> print(simulate(v_half(Layout.vee(3), microbatches=3)).text(width=120))
@@ -48,12 +48,12 @@ def v_half(layout: Layout, microbatches: int) -> Schedule:
 
 
 def v_min(layout: Layout, microbatches: int) -> Schedule:
-    """A third of the memory of 1F1B, for a bubble as long as that of 1F1B: V-Min (Qi et al., arXiv:2405.15362).
+    """A third of the memory and two thirds of the bubble of 1F1B: V-Min (Qi et al., arXiv:2405.15362).
 
     With p ranks a rank keeps at most 2((p + 1) // 3) + 2 activations of stages half as large as those of 1F1B. With F,
-    I and W equally long the makespan is longer than the work by up to 4p - 5. Choose it where those of `v_half` do not
-    fit either; unequal costs cost it more than others, as little slack is left. Takes `Layout.vee` and 1 or more
-    microbatches; raises ScheduleError otherwise.
+    I and W equally long and 2p or more microbatches the makespan is less than 4p longer than the work; where they are
+    not, it loses more than others, as microbatches follow each other closely. Choose it where the activations of
+    `v_half` do not fit either. Takes `Layout.vee` and 1 or more microbatches; raises ScheduleError otherwise.
 
     >>> from pipework.plan import simulate
     >>> print(simulate(v_min(Layout.vee(3), microbatches=3)).text(width=120))

@@ -12,13 +12,14 @@ from typing import final
 from pipework.plan.action import Action, Kind
 from pipework.plan.costs import Costs
 from pipework.plan.families.filling import Filling
+from pipework.plan.families.whole_costs import WholeCosts
 from pipework.plan.layout import Layout
 
 
 def greedy_vee(layout: Layout, microbatches: int, costs: Costs) -> list[Filling]:
     """Four attempts, all for the mean of the stages' costs (Qi et al., arXiv:2405.15362)."""
-    even = _even(costs, layout)
-    return [_refined(layout, microbatches, even, *choice) for choice in product((True, False), repeat=2)]
+    even = WholeCosts.of(layout, _even(costs, layout), memory=layout.stages)
+    return [_refined(microbatches, even, *choice) for choice in product((True, False), repeat=2)]
 
 
 def _even(costs: Costs, layout: Layout) -> Costs:
@@ -28,11 +29,11 @@ def _even(costs: Costs, layout: Layout) -> Costs:
     return Costs(*means, transfer=fmean(costs.delay(u, v, layout) for u, v in crossing) if crossing else 0.0)
 
 
-def _refined(layout: Layout, microbatches: int, costs: Costs, *choice: bool) -> Filling:
+def _refined(microbatches: int, costs: WholeCosts, *choice: bool) -> Filling:
     """The last of attempts that know how long each rank was idle in the one before, as long as they get better."""
-    best, known = None, [0] * layout.ranks
+    best, known = None, [0] * costs.layout.ranks
     while True:
-        filling = Filling(layout, microbatches, costs, memory=layout.stages)
+        filling = Filling(costs)
         _Attempt(filling, microbatches, known, *choice).complete()
         if best is not None and max(filling.idle) >= max(best.idle):
             return best
@@ -79,6 +80,7 @@ class _Attempt:
 
     def _first_way_down_and_up(self) -> None:
         """The first microbatch through all stages; while it is away, as many others down the shallow ones as fit."""
+        filling, duration = self.filling, self.filling.costs.duration
         for stage in self.shallow:
             self._put(stage, Kind.FORWARD)
         for rank in reversed(self.ranks):
@@ -86,8 +88,8 @@ class _Attempt:
             while (
                 rank < self.ranks[-1]
                 and self.done[more.stage, Kind.FORWARD] < self.microbatches
-                and self.filling.has_room(more, others=2 * rank + 1)  # what returns before the first backward
-                and self.filling.free[rank] + self.filling.duration(more) <= self.filling.arrival(back)
+                and filling.has_room(more, others=2 * rank + 1)  # what returns before the first backward
+                and filling.free[rank] + duration[more.stage, more.kind] <= filling.arrival(back)
             ):
                 for stage in self.shallow[: rank + 1]:
                     self._put(stage, Kind.FORWARD)

@@ -4,8 +4,7 @@
     rank 1  .. F0 f0 F1 f1 B0 b0 B1 b1 F2 f2 F3
 
 On a rank the slots of one parity hold what goes down the ranks, the others what goes up. Microbatches go in units; the
-next one starts in the slots that the one before leaves idle. All this takes F and B as equally long: backwards that are
-longer leave gaps between units.
+next one starts in the slots that the one before leaves idle.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ def chimera(layout: Layout, microbatches: int) -> Schedule:
     """1F1B from both ends at once over two replicas, which halves the bubble: Chimera (Li, Hoefler, arXiv:2107.06925).
 
     In units of p microbatches, with p ranks, half of them each way. With m microbatches in full units, and F and B
-    equally long, it takes (2m + p - 2)F without transfers; a rank keeps p/2 + 1 to p activations, and its parameters
-    are there twice. Choose it for few microbatches per rank, where memory for two replicas is there. Takes
-    `Layout.bidirectional` with an even number of ranks, and 2 or more microbatches, of which the first replica takes
-    the first half; raises ScheduleError otherwise.
+    equally long, it takes (2m + p - 2)F without transfers; longer backwards leave gaps between units. A rank keeps
+    p/2 + 1 to p activations, and its parameters are there twice. Choose it for few microbatches per rank, where memory
+    for two replicas is there. Takes `Layout.bidirectional` with an even number of ranks, and 2 or more microbatches, of
+    which the first replica takes the first half; raises ScheduleError otherwise.
 
     >>> from pipework.plan import Costs, simulate
     >>> timeline = simulate(chimera(Layout.bidirectional(4), microbatches=8), Costs(weight_gradient=0))
@@ -57,13 +56,13 @@ def chimera(layout: Layout, microbatches: int) -> Schedule:
 
 
 def hanayo(layout: Layout, microbatches: int) -> Schedule:
-    """Chimera's bubble without its replicas, and divided by the number of waves: Hanayo (Liu et al., arXiv:2308.15762).
+    """Chimera without its replicas, the bubble divided by the number of waves: Hanayo (Liu et al., arXiv:2308.15762).
 
-    A model that runs down the ranks and up again w times, in units of p microbatches, with p ranks. With m microbatches
-    in full units, and F and B of a stage equally long, it takes (4wm + 2p - 2)F without transfers; a rank keeps at most
-    2wp activations of stages 2w times smaller than those of 1F1B. Choose it where backwards cannot be split, for few
-    microbatches per rank; more waves cost more transfers. Takes `Layout.vee` with 2w stages per rank, and 1 or more
-    microbatches; raises ScheduleError otherwise.
+    The model runs down the ranks and up again w times, in units of p microbatches, with p ranks. With m microbatches in
+    full units, and F and B of a stage equally long, it takes (4wm + 2p - 2)F without transfers; longer backwards leave
+    gaps between units. A rank keeps at most 2wp activations of stages 2w times smaller than those of 1F1B. Choose it
+    for few microbatches per rank where backwards cannot be split; more waves cost more transfers. Takes `Layout.vee`
+    with 2w stages per rank, and 1 or more microbatches; raises ScheduleError otherwise.
 
     >>> from pipework.plan import Costs, simulate
     >>> timeline = simulate(hanayo(Layout.vee(4), microbatches=4), Costs(weight_gradient=0))
