@@ -277,7 +277,10 @@ class _Call:
         cast = self.split.cast(weight, aside.dtype)
         _, *made = self.operation.back(self.module, aside.gradient, aside.input, cast, mask)
         return [
-            (p, found) for p, found in zip((weight, bias), made, strict=True) if p is not None and found is not None
+            # On GPUs autocast sums up in float32, and autograd then rounds the sum as is done here.
+            (parameter, found.to(aside.gradient.dtype))
+            for parameter, found in zip((weight, bias), made, strict=True)
+            if parameter is not None and found is not None
         ]
 
 
