@@ -174,19 +174,35 @@ class _Router:
         if carrier is None:
             self._refuse_alias(crossing, written)
         assert carrier is not None
-        stops = {s for v in crossing for s in self.readers[v.index] if s > self.birth(v.index)}
+        made_again = {v.index: self._made_again(v, carrier) for v in crossing}
+        stops = {s for stages in made_again.values() for s in stages}
         if carrier.origin is Origin.INPUT:
             # Until it is first written every stage takes it from the caller; from then on the writer hands it over.
             stops = {s for s in stops if s >= written[0]} | {written[0]}
             self.paths[carrier.index] = sorted(stops)
         else:
             self.paths[carrier.index] = self._from(carrier.index, sorted(stops))
-        for value in crossing:
-            for stage in self.readers[value.index]:
-                if stage > self.birth(value.index):
-                    for entry in self._chain(value.index, carrier.index) or ():
-                        for made in entry.makes():
-                            self.rebuilt[stage][made] = entry
+        for index, stages in made_again.items():
+            if index != carrier.index:
+                last = max(stages, default=self.birth(index))
+                self.paths[index] = [last, *(s for s in self.readers[index] if s > last)]
+            for stage in stages:
+                for entry in self._chain(index, carrier.index) or ():
+                    for made in entry.makes():
+                        self.rebuilt[stage][made] = entry
+
+    def _made_again(self, value: Value, carrier: Value) -> list[int]:
+        """The stages that make a value again: all that read it, but for those after its first use since the last write.
+
+        That use gives it a node of its own, where autograd adds up its gradient; so from there it travels by itself.
+        """
+        stages = [s for s in self.readers[value.index] if s > self.birth(value.index)]
+        storages = [{self.values[i].storage for i in entry.writes} for entry in self.entries]
+        last = max(number for number, written in enumerate(storages) if value.storage in written)
+        uses = [e.stage for e in self.entries[last:] if value.index in (*e.reads(), *e.makes())]
+        if value is carrier or not uses or not self._state(value.index, uses[0]).requires_grad:
+            return stages
+        return [s for s in stages if s <= uses[0]]
 
     def _cross_one_by_one(self, crossing: list[Value]) -> bool:
         """Whether no two of the values are on their way at once, so that each write is seen where it must be."""
