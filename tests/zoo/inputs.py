@@ -21,6 +21,7 @@ Inputs = dict[str, Any]
 def candidates(model: Any) -> Iterator[tuple[str, Any]]:
     """Ways to call this model, the fullest first: a name, and a function of batch size and sequence length."""
     main = model.main_input_name
+    main = main if isinstance(main, str) else main[0]
     names = set(inspect.signature(model.forward).parameters)
     senses = [s for s in ("pixel_values", "flattened_patches", "input_values", "input_features") if s in names]
     text = [t for t in ("input_ids",) if t in names]
