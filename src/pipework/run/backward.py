@@ -139,13 +139,22 @@ class SplitBackward:
     """One stage's backwards in two halves.
 
     `tied` are the parameters that other stages use too, which must have their gradient with I. Those in `held_back`
-    get theirs with W even so, because some microbatches' I and W come in different orders.
+    get theirs with W even so, because some microbatches' I and W come in different orders. So does a parameter whose
+    gradient waited in one microbatch and cannot in another: it might overtake the first. `waited` has the ids of those
+    that waited, for all variants of the stage.
     """
 
     def __init__(
-        self, stage: nn.Module, index: int, tied: Collection[Tensor] = (), held_back: Sequence[nn.Parameter] = ()
+        self,
+        stage: nn.Module,
+        index: int,
+        tied: Collection[Tensor] = (),
+        held_back: Sequence[nn.Parameter] = (),
+        waited: set[int] | None = None,
     ) -> None:
         self._held_back = held_back
+        self.waited = set[int]() if waited is None else waited
+        self._came_with_input: dict[int, nn.Parameter] = {}  # the gradient did, in some microbatch
         self._cast: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
         self._calls = [
             _Call(self, module, operation)
@@ -179,6 +188,19 @@ class SplitBackward:
             calls.update(dict.fromkeys(map(id, _trained(call.module)), call.count))
         uses = _uses(outputs)
         self.alone = {c.module for c in self._calls if all(calls[id(p)] == uses[id(p)] for p in _trained(c.module))}
+        for call in self._calls:
+            if call.module not in self.alone:
+                self.cannot_wait(call.module)
+
+    def cannot_wait(self, module: nn.Module) -> None:
+        """Note that the module's weight gradients come with I."""
+        self._came_with_input.update({id(p): p for p in _trained(module)})
+
+    def _to_hold_back(self, in_halves: bool) -> Sequence[nn.Parameter]:
+        if self._held_back:
+            return self._held_back
+        coming = self._came_with_input.values() if in_halves else (p for c in self._calls for p in _trained(c.module))
+        return [p for p in coming if id(p) in self.waited]
 
     def cast(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         """The tensor in the dtype of an autocast region, cast once until it changes or the step ends."""
@@ -195,17 +217,18 @@ class SplitBackward:
         """At the end of a step."""
         self._cast.clear()
 
-    def input_gradient(self, back: Callable[[], None]) -> Later:
-        """Go back by calling `back`, and give what it leaves to do."""
+    def input_gradient(self, back: Callable[[], None], in_halves: bool = True) -> Later:
+        """Go back by calling `back`, and give what it leaves to do: little, if the forward was not `in_halves`."""
         later = self.later = Later()
-        before = [parameter.grad for parameter in self._held_back]
-        for parameter in self._held_back:
+        held_back = self._to_hold_back(in_halves)
+        before = [parameter.grad for parameter in held_back]
+        for parameter in held_back:
             parameter.grad = None
         try:
             back()
         finally:
             self.later = None
-            for parameter, gradient in zip(self._held_back, before, strict=True):
+            for parameter, gradient in zip(held_back, before, strict=True):
                 if parameter.grad is not None:
                     later.held_back.append((parameter, parameter.grad))
                 parameter.grad = gradient
@@ -237,19 +260,28 @@ class _Call:
     def __init__(self, split: SplitBackward, module: nn.Module, operation: Operation) -> None:
         self.split, self.module, self.operation = split, module, operation
         self.count = 0  # calls in the first forward
+        self.has_waited = False
         self._native = partial(type(module).forward, module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         alone = self.split.alone
         if alone is None:
             self.count += torch.is_grad_enabled()
-        elif self.module in alone and len(args) == 1 and not kwargs and self._can_wait(args[0]):
-            x, dtype, own = args[0], self._dtype(args[0]), parameters_of(self.module)
-            if dtype is None:
-                return _TwoHalves.apply(x, own["weight"], own.get("bias"), self, None)
-            with torch.autocast(x.device.type, enabled=False):
-                return _TwoHalves.apply(x.to(dtype), own["weight"], own.get("bias"), self, dtype)
+        elif self.module in alone:
+            if len(args) == 1 and not kwargs and self._can_wait(args[0]):
+                return self._in_halves(args[0])
+            self.split.cannot_wait(self.module)
         return self._native(*args, **kwargs)
+
+    def _in_halves(self, x: Tensor) -> Tensor:
+        if not self.has_waited:
+            self.split.waited.update(map(id, _own(self.module)))
+            self.has_waited = True
+        dtype, own = self._dtype(x), parameters_of(self.module)
+        if dtype is None:
+            return _TwoHalves.apply(x, own["weight"], own.get("bias"), self, None)
+        with torch.autocast(x.device.type, enabled=False):
+            return _TwoHalves.apply(x.to(dtype), own["weight"], own.get("bias"), self, dtype)
 
     def _can_wait(self, x: Any) -> bool:
         return (

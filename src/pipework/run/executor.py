@@ -73,6 +73,7 @@ class Backwards:
 
     split: frozenset[int]
     reorders: bool
+    waited: set[int] = dataclasses.field(default_factory=set[int])  # parameters, by their ids, whose gradients did
 
     @classmethod
     def of(cls, stage: int, program: Program) -> Backwards:
@@ -99,7 +100,7 @@ class StageRun:
         self.halves: dict[int, SplitBackward] = {}  # of the microbatches whose backward is split
         if backwards.split:
             own = self.tied.own_parameters() if backwards.reorders else ()
-            halves = SplitBackward(self.tied.stage, index, self.tied.leaves.values(), own)
+            halves = SplitBackward(self.tied.stage, index, self.tied.leaves.values(), own, backwards.waited)
             self.halves = dict.fromkeys(backwards.split, halves)
         self.buffers = WrittenBuffers(stage, variant.written_buffers if trains else ())
         self.index, self.stage, self.code = index, self.tied.stage, variant.codes[index]
@@ -177,7 +178,7 @@ class StageRun:
         """Go back as `backward` does, but leave the gradients of weights for later."""
         halves = self.halves[microbatch]
         with halves.at_work() if kept.in_halves else _NOTHING:
-            return halves.input_gradient(partial(self.backward, kept, gradients))
+            return halves.input_gradient(partial(self.backward, kept, gradients), kept.in_halves)
 
     def returned(self, end: _End, kept: Kept) -> Tensors:
         """The gradients that go back over an incoming edge, after the backward; None where nothing gave one."""
@@ -219,8 +220,9 @@ class Executor:
         self.rank, self.transport, self.layout, self.trains = program.rank, transport, layout, trains
         own = next((p for stage in stages.values() for p in (*stage.parameters(), *stage.buffers())), None)
         self.devices = {index: stage.device_beside(own) for index, stage in stages.items()}
+        backwards = {index: Backwards.of(index, program) for index in stages}
         made = {
-            (index, variant): StageRun(variant, index, stage, self.devices[index], trains, Backwards.of(index, program))
+            (index, variant): StageRun(variant, index, stage, self.devices[index], trains, backwards[index])
             for index, stage in stages.items()
             for variant in dict.fromkeys(variants)
         }
