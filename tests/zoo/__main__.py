@@ -8,6 +8,9 @@ import json
 import multiprocessing
 import os
 import re
+import resource
+import signal
+import subprocess
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,7 +24,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "build" / "zoo.jsonl"
 COVERAGE = ROOT / "docs" / "coverage.md"
-SECONDS = 120  # for one model
+SECONDS = 120  # of processor time for one model
+PATIENCE = 10 * SECONDS  # for one that hangs
 
 
 def main() -> None:
@@ -49,22 +53,32 @@ def main() -> None:
     if options.again:
         options.results.unlink(missing_ok=True)
     options.results.parent.mkdir(exist_ok=True)
+    state = f"{_commit()}, transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
     known = _known(options.results)
     entries = catalogue()
     passed = {name for name, result in known.items() if not options.retry or result.get("train") == "right"}
     todo = [e for e in entries if (re.search(options.only, e.name) if options.only else e.name not in passed)]
     with options.results.open("a") as file:
         for number, result in enumerate(_each(todo, options.processes), 1):
-            told = Result(**result)
+            told = Result(**result | {"state": state})
             print(f"{number}/{len(todo)} {told.line()}", flush=True)
-            file.write(json.dumps(result) + "\n")
+            file.write(json.dumps(dataclasses.asdict(told)) + "\n")
             file.flush()
     known = _known(options.results)
     results = [Result(**known[e.name]) for e in entries if e.name in known]
-    versions = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
-    options.coverage.write_text(written(results, versions, len(entries)))
+    options.coverage.write_text(written(results, len(entries)))
     print(table(results))
     print(summary(results))
+
+
+def _commit() -> str:
+    """The commit that is tried, and whether what is tried differs from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "src", "tests/zoo", "tests/split/equality.py")
+    return f"commit {git('rev-parse', '--short', 'HEAD') or 'unknown'}{' with changes' if changed else ''}"
 
 
 def _known(path: Path) -> dict[str, Any]:
@@ -100,9 +114,9 @@ def _each(entries: Sequence[Any], processes: int) -> Iterator[dict[str, Any]]:
                 if end in ready:
                     one.told = end.recv()
                     continue
-                why = f"took longer than {SECONDS} s" if time.monotonic() - one.start > SECONDS else ""
+                why = f"hung for {PATIENCE} s" if time.monotonic() - one.start > PATIENCE else ""
             except EOFError:
-                why = "" if one.told.get("seconds") else "its process died"
+                why = "" if one.told.get("seconds") else _end_of(one.process)
             if end not in ready and not why:
                 continue
             if why:
@@ -115,6 +129,12 @@ def _each(entries: Sequence[Any], processes: int) -> Iterator[dict[str, Any]]:
             yield one.told
 
 
+def _end_of(process: Any) -> str:
+    process.join()
+    killed = process.exitcode == -signal.SIGXCPU
+    return f"took longer than {SECONDS} s of processor time" if killed else "its process died"
+
+
 def _child(entry: Any, end: Connection) -> None:
     """Tell what is known once the model itself ran, and again when all is done."""
     import torch
@@ -122,6 +142,7 @@ def _child(entry: Any, end: Connection) -> None:
     from tests.zoo import trial
 
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 10))
     try:
         for result in trial.tried(entry):
             end.send(dataclasses.asdict(result))

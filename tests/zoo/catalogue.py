@@ -51,6 +51,8 @@ class Entry:
 
 def catalogue() -> list[Entry]:
     """All entries, main classes first; heads go round, so that each kind of head comes with a quarter of the models."""
+    import transformers
+
     mains: dict[str, Entry] = {}
     heads: dict[str, Entry] = {}
     for model_type in _types():
@@ -62,7 +64,8 @@ def catalogue() -> list[Entry]:
         head = next(_offered(model_type, HEADS[turn:] + HEADS[:turn]), None)
         if head is not None:
             heads.setdefault(head.name, head)
-    return [*mains.values(), *(e for e in heads.values() if e.name not in mains)]
+    entries = [*mains.values(), *(e for e in heads.values() if e.name not in mains)]
+    return [e for e in entries if hasattr(transformers, e.name)]  # one is listed that cannot be imported
 
 
 def _offered(model_type: str, kinds: tuple[tuple[str, str], ...]) -> Iterator[Entry]:

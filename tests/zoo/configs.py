@@ -20,7 +20,10 @@ _COUNTS: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r"^(n_group|topk_group|num_expert_group)s?$", lambda _: 1),
     (r"^num_groups$", _most(4)),
     (r"^max_length$|^max_source_positions$", _most(64)),
-    (r"chunk_length$", _most(4)),
+    (r"attn_chunk_length$", _most(4)),
+    (r"attention_window$", _most(8)),
+    (r"^(num_frames|frames_per_clip)$", _most(4)),
+    (r"^num_queries$|two_stage_num_proposals", _most(8)),
     (r"vocab_size", _most(VOCABULARY)),
     (r"num_kv_shared_layers", lambda _: 0),
     (r"first_k_dense|first_.*_layers", _most(1)),
@@ -38,6 +41,7 @@ _WIDTHS: tuple[tuple[str, Callable[[int], int]], ...] = (  # those that must fit
     (r"moe_.*intermediate_size|expert_.*size", _most(32)),
     (r"intermediate|ffn|^d_ff$|mlp_dim|feedforward|inner_dim|linear_units", _most(64)),
     (r"lora_rank", _most(16)),
+    (r"upsample_groups", _most(32)),
     (r"state_size|d_state", _most(8)),
     (r"(hidden|embed|embedding|projection|pooler_output|output|proj)_(size|dim)|hidden_size|project_dim", _most(32)),
     (r"^(d_model|n_embd|dim|hidden_dim|emb_dim|d_embed|embed_dim)$", _most(32)),
@@ -46,7 +50,7 @@ _WIDTHS: tuple[tuple[str, Callable[[int], int]], ...] = (  # those that must fit
 _WIDTH = re.compile(r"hidden|dim|size|channels|embd|rank|units|ffn|d_model|d_ff|d_kv|inner|width|filters")
 _NO_WIDTH = re.compile(
     r"vocab|image_size|patch|kernel|window|position|batch|chunk|block|codebook|feature_size|^num_|^n_|length|_len$|stride"
-    r"|token|bucket|scale|ratio|factor|sampling|rate|theta|grid|mel|frames|seed|steps|base|_id|index|tile|resolution|hop"
+    r"|token|bucket|scale|ratio|factor|sampling|rate|theta|grid|mel|frames|seed|steps|base|_id|index|tile|resolution|hop|tubelet"
 )
 _LEFT_OUT = {"stage_names", "out_features", "_out_features", "_out_indices", "transformers_version"}  # made anew
 _FIXED_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -58,10 +62,42 @@ _EVERYWHERE = {
     "mask_feature_prob": 0.0,
     "axial_pos_embds": False,  # would fix the length of the sequence
 }
+_SERIES = {"prediction_length": 4}
+_EFFICIENT = {  # its channels are rounded, so that they cannot be divided
+    "in_channels": [32, 16, 24, 40, 80, 112, 192],
+    "out_channels": [16, 24, 40, 80, 112, 192, 320],
+    "width_coefficient": 0.5,
+    "depth_coefficient": 0.5,
+    "hidden_dim": 640,
+    "image_size": 64,
+}
+_PERCEIVER = {
+    "d_latents": 32,
+    "d_model": 32,
+    "num_latents": 8,
+    "num_blocks": 1,
+    "num_self_attends_per_block": LAYERS,
+    "num_self_attention_heads": 4,
+    "num_cross_attention_heads": 4,
+    "qk_channels": 32,
+    "v_channels": 32,
+    "max_position_embeddings": 64,
+}
+_HYBRID = {"layer_types": ["conv", "full_attention", "conv", "full_attention"]}
 _OF_ONE_CONFIG: dict[str, dict[str, Any]] = {  # what its defaults lack
-    "AutoformerConfig": {"prediction_length": 4},
-    "InformerConfig": {"prediction_length": 4},
-    "TimeSeriesTransformerConfig": {"prediction_length": 4},
+    "AutoformerConfig": _SERIES,
+    "InformerConfig": _SERIES,
+    "TimeSeriesTransformerConfig": _SERIES,
+    "ChameleonConfig": {"vocabulary_map": {"<image>": FIRST_SPECIAL}},
+    "DeepseekV2Config": {"num_experts_per_tok": 2},
+    "EfficientNetConfig": _EFFICIENT,
+    "FalconH1Config": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    "Lfm2MoeConfig": _HYBRID,
+    "NeoMMEConfig": {"head_dim": 16},
+    "PerceiverConfig": _PERCEIVER,
+    "Wav2Vec2BertConfig": {"vocab_size": VOCABULARY},
+    "Wav2Vec2ConformerConfig": {"vocab_size": VOCABULARY},
+    "XmodConfig": {"default_language": "en_XX"},
     "BeitConfig": {"out_indices": [1, 2, 3, 4]},
     "Data2VecVisionConfig": {"out_indices": [1, 2, 3, 4]},
     "Blip2Config": {"image_token_index": VOCABULARY - 1},
@@ -69,7 +105,6 @@ _OF_ONE_CONFIG: dict[str, dict[str, Any]] = {  # what its defaults lack
     "LongformerConfig": {"attention_window": 8},
     "EsmConfig": {"vocab_size": VOCABULARY},
     "InstructBlipConfig": {"image_token_index": VOCABULARY - 1},
-    "ReformerConfig": {"is_decoder": True},
     "BigBirdConfig": {"attention_type": "original_full"},  # else its first forward exchanges its modules
     "BigBirdPegasusConfig": {"attention_type": "original_full"},
 }
@@ -92,7 +127,23 @@ def tiny(config_class: Any, level: int) -> Any:
     fields = _shrunk(config_class().to_dict(), level, {})
     config = config_class.from_dict(fields | _OF_ONE_CONFIG.get(config_class.__name__, {}))
     _set(config, _EVERYWHERE)
+    _complete(config)
     return config
+
+
+def _complete(config: Any) -> None:
+    """Fields that a model needs and its config leaves open."""
+    heads, width = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    wanted = {"pad_token_id": 0, "decoder_start_token_id": 1, "num_key_value_heads": heads}
+    wanted["head_dim"] = width // heads if isinstance(heads, int) and isinstance(width, int) else None
+    for name, value in wanted.items():
+        if getattr(config, name, 0) is None and value is not None:
+            setattr(config, name, value)
+    if getattr(config, "is_encoder_decoder", False) and not hasattr(config, "decoder_start_token_id"):
+        config.decoder_start_token_id = 0
+    for inner in vars(config).values():
+        if hasattr(inner, "to_dict"):
+            _complete(inner)
 
 
 def _set(config: Any, wanted: Mapping[str, Any]) -> None:
@@ -159,6 +210,8 @@ def _probability(name: str, value: float, level: int) -> float:
 
 def _sequence(name: str, values: list[Any], level: int, lengths: set[int]) -> list[Any]:
     whole = all(isinstance(v, int) for v in values)
+    if name == "backbone_feature_sizes" and level == 0:
+        return [[side * 4 // values[-1][0] for side in sides] for sides in values]
     if name == "depths" or re.search(r"num_blocks|numb_of_layers|layers_per|blocks_per|block_repeats", name):
         return [min(v, 2) for v in values] if whole else values
     if whole and re.search(r"ind(ex|ices|exes)|out_layers|feature_layers?$", name):
@@ -168,7 +221,9 @@ def _sequence(name: str, values: list[Any], level: int, lengths: set[int]) -> li
         first = [values[[str(v) for v in values].index(kind)] for kind in kinds][:LAYERS]
         return sorted(values[: LAYERS - len(first)] + first, key=lambda v: kinds.index(str(v)))
     wide = level < 2 and _WIDTH.search(name) and not _NO_WIDTH.search(name)
-    return [v // 8 for v in values] if wide and whole and all(v % 8 == 0 and v >= 16 for v in values) else values
+    if not (wide and whole and all(v <= 4 or (v % 8 == 0 and v >= 16) for v in values)):
+        return values
+    return [v if v <= 4 else v // 8 for v in values]  # up to 4 are the channels of an image
 
 
 def _make_consistent(shrunk: dict[str, Any], fields: Mapping[str, Any], level: int) -> None:
@@ -188,8 +243,8 @@ def _make_consistent(shrunk: dict[str, Any], fields: Mapping[str, Any], level: i
         head = shrunk.get("head_dim") or shrunk["hidden_size"] // shrunk["num_attention_heads"]
         half = int(head * (rope.get("partial_rotary_factor") or 1)) // 2
         shrunk["rope_parameters"] = {**rope, "mrope_section": [half - half // 3 * 2, half // 3, half // 3]}
-    size, patch = fields.get("image_size"), fields.get("patch_size")
-    patch = patch[0] if isinstance(patch, list | tuple) else patch
+    size, patch = fields.get("image_size"), fields.get("patch_size") or fields.get("tubelet_size")
+    patch = patch[-1] if isinstance(patch, list | tuple) else patch
     if level == 0 and isinstance(patch, int) and patch > 1:
         small = patch * max(2, 64 // patch)
         if isinstance(size, int) and size > 64:

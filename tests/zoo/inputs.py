@@ -20,10 +20,10 @@ Inputs = dict[str, Any]
 
 def candidates(model: Any) -> Iterator[tuple[str, Any]]:
     """Ways to call this model, the fullest first: a name, and a function of batch size and sequence length."""
-    main = model.main_input_name
-    main = main if isinstance(main, str) else main[0]
+    named = model.main_input_name
+    main = [named] if isinstance(named, str) else list(named)
     names = set(inspect.signature(model.forward).parameters)
-    senses = [s for s in ("pixel_values", "flattened_patches", "input_values", "input_features") if s in names]
+    senses = [s for s in _SENSES if s in names]
     text = [t for t in ("input_ids",) if t in names]
     label = ["labels"] if "labels" in names else []
     plans: list[tuple[str, list[str]]] = []
@@ -34,15 +34,28 @@ def candidates(model: Any) -> Iterator[tuple[str, Any]]:
         plans += [("text", [*text, *label]), ("text", [*text])]
     for s in senses:
         plans += [(s, [s, *label]), (s, [s])]
-    plans += [(main, [main])] if main in names and main not in {*senses, *text} else []
+    if "hidden_states" in names and "grid_thw" in names:
+        plans.append(("pixel_values", ["hidden_states"]))
+    if set(main) <= names and not (len(main) == 1 and main[0] in {*senses, *text}):
+        plans.append((" and ".join(main), main))
     for name, wanted in plans:
         sound = {"input_values", "input_features"} & set(wanted)
         shapes = ["image", "video", "patches"] if "pixel_values" in wanted else _SOUNDS if sound else ["plain"]
+        shapes = ["patches"] if "hidden_states" in wanted else shapes
         for shape in shapes:
             yield f"{name} ({shape})" if shape not in {"plain", "image"} else name, _maker(model, names, wanted, shape)
 
 
-_BINS = ("num_mel_bins", "input_feat_per_channel", "mel_dim", "n_mels", "feature_size", "input_dim")
+_SENSES = "pixel_values", "pixel_values_videos", "flattened_patches", "input_values", "input_features"
+_BINS = (
+    "num_mel_bins",
+    "input_feat_per_channel",
+    "mel_dim",
+    "n_mels",
+    "feature_size",
+    "input_dim",
+    "feature_projection_input_dim",
+)
 _SOUNDS = ["plain", "turned", "plain with channel", "turned with channel"]
 
 
@@ -91,8 +104,13 @@ class _Builder:
             inputs["input_features_mask"] = torch.ones(self.batch, frames, dtype=torch.long)
         if "bbox" in self.names and "input_ids" in inputs:
             inputs["bbox"] = torch.zeros(*inputs["input_ids"].shape, 4, dtype=torch.long)
-        if "decoder_input_ids" in self.names and ("labels" not in self.wanted or "input_ids" not in self.wanted):
+        if (
+            "decoder_input_ids" in self.names
+            and not self.is_classifier()
+            and ("labels" not in self.wanted or "input_ids" not in self.wanted)
+        ):
             inputs["decoder_input_ids"] = self.ids(self.length - 2)
+        inputs |= self.more(inputs)
         if "labels" in self.wanted:
             inputs.update(self.labels(inputs))
         grid = next((name for name in ("image_grid_thw", "grid_thw") if name in self.names), "")
@@ -110,15 +128,32 @@ class _Builder:
             if self.images:
                 ids = torch.cat([torch.full((self.batch, self.images), self.image_token()), ids], 1)
             return ids
-        if name == "pixel_values":
-            return self.pixels()
+        if name in {"pixel_values", "hidden_states"}:
+            return self.pixels(self.shape)
+        if name == "pixel_values_videos":
+            return self.pixels("video")
+        if name == "flattened_patches":
+            places = torch.arange(1, self.length + 1).float().view(1, -1, 1).expand(self.batch, -1, 2)
+            return torch.cat([places, self.normal(self.length, _find(self.config, "patch_embed_hidden_size"))], -1)
+        if name == "past_values":
+            return self.normal(*self.series())
+        if name == "task_inputs":
+            return self.ids(_find(self.config, "task_seq_len"))
         if name == "input_values":
             wave = not _find(self.config, "num_mel_bins", "max_length")
             sound = self.normal(SAMPLES + 80 * self.length) if wave else self.spectrogram()
             return sound.unsqueeze(1) if "channel" in self.shape else sound
         if name == "input_features":
             return self.spectrogram().unsqueeze(1) if "channel" in self.shape else self.spectrogram()
-        return self.normal(self.length, _find(self.config, "hidden_size", "d_model") or 32)
+        return self.normal(
+            self.length,
+            _find(self.config, *(["state_dim"] if name == "states" else []), "hidden_size", "d_model") or 32,
+        )
+
+    def is_classifier(self) -> bool:
+        return (
+            re.search(r"Classif|MultipleChoice|NextSentence|QuestionAnswering", type(self.model).__name__) is not None
+        )
 
     def ids(self, length: int) -> torch.Tensor:
         shape = (self.batch, 2, length) if "MultipleChoice" in type(self.model).__name__ else (self.batch, length)
@@ -127,21 +162,59 @@ class _Builder:
         end = getattr(self.config, "eos_token_id", None)
         if isinstance(end, int) and end >= 0:
             ids[..., -1] = min(end, VOCABULARY - 1)  # some heads read the position of the end
+        question = getattr(self.config, "question_token_id", None)
+        if question is not None:
+            ids[..., 1] = question
         return ids
 
-    def pixels(self) -> torch.Tensor:
+    def series(self) -> tuple[int, ...]:
+        """The shape of a time series: as far back as the model looks, and as many channels as it has."""
+        length = _find(self.config, "context_length")
+        lags = getattr(self.config, "lags_sequence", None)
+        if lags:
+            return (
+                (length + max(lags),) if self.config.input_size == 1 else (length + max(lags), self.config.input_size)
+            )
+        return length, _find(self.config, "num_input_channels")
+
+    def more(self, inputs: Inputs) -> Inputs:
+        """What else a forward wants that gets this."""
+        found: Inputs = {}
+        if "past_time_features" in self.names:
+            past, future, features = self.series()[0], self.config.prediction_length, self.config.num_time_features
+            found["past_time_features"] = self.normal(past, features)
+            found["past_observed_mask"] = torch.ones_like(inputs["past_values"])
+            found["future_values"] = self.normal(future, *self.series()[1:])
+            found["future_time_features"] = self.normal(future, features)
+        if "returns_to_go" in self.names:
+            found["actions"] = self.normal(self.length, self.config.act_dim)
+            found["rewards"], found["returns_to_go"] = self.normal(self.length, 1), self.normal(self.length, 1)
+            found["timesteps"] = torch.arange(self.length).expand(self.batch, -1)
+            found["attention_mask"] = torch.ones(self.batch, self.length, dtype=torch.long)
+        if "merge_sizes" in self.names:
+            found["merge_sizes"] = torch.full((self.batch,), 2)
+        if "prompt_pixel_values" in self.names:
+            found["prompt_pixel_values"], found["prompt_masks"] = self.pixels(self.shape), self.pixels(self.shape)
+        if "spatial_shapes" in self.names:
+            found["spatial_shapes"] = torch.tensor([[4, 4]] * self.batch)
+            found["pixel_attention_mask"] = torch.ones(self.batch, 16, dtype=torch.long)
+        return found
+
+    def pixels(self, shape: str) -> torch.Tensor:
         size = _find(self.config, "image_size", "crop_size", "img_size", "input_size", "pretrain_image_size") or 64
         if isinstance(size, dict):
             size = [size["height"], size["width"]]
         height, width = (size, size) if isinstance(size, int) else (size[-2], size[-1])
         channels = _find(self.config, "num_channels", "in_channels", "in_chans", "num_input_channels")
         channels = channels if isinstance(channels, int) else 3
-        if self.shape == "patches":
+        if shape == "patches":
             patch = _find(self.config, "patch_size") or 14
             per = channels * patch * patch * (_find(self.config, "temporal_patch_size") or 1)
-            return self.normal(16, per).flatten(0, 1)
-        if self.shape == "video":
-            return self.normal(_find(self.config, "num_frames") or 1, channels, height, width)
+            return self.normal(16, per) if "spatial_shapes" in self.names else self.normal(16, per).flatten(0, 1)
+        if "prompt_pixel_values" in self.names:
+            height //= 2  # below each image comes the prompt's
+        if shape == "video":
+            return self.normal(_find(self.config, "num_frames", "frames_per_clip") or 1, channels, height, width)
         return self.normal(channels, height, width)
 
     def spectrogram(self) -> torch.Tensor:
@@ -162,7 +235,7 @@ class _Builder:
         """What the head is trained on; none where that is no tensor split by examples."""
         name = type(self.model).__name__
         classes = getattr(self.config, "num_labels", 2)
-        if "input_ids" in inputs and not re.search(r"Classif|MultipleChoice|NextSentence|QuestionAnswering", name):
+        if "input_ids" in inputs and not self.is_classifier():
             return {"labels": inputs["input_ids"].masked_fill(inputs["input_ids"] >= FIRST_SPECIAL, -100)}
         if "TokenClassif" in name:
             return {"labels": torch.randint(0, classes, inputs["input_ids"].shape, generator=self.generator)}

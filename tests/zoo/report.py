@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from tests.zoo.trial import Result
 
 _INTRODUCTION = """# Coverage: models of the transformers library
 
-Written by `make zoo` ({versions}); do not edit.
+Written by `make zoo`; do not edit. {origin}
 
 Each model class is made from a tiny random config, and counts if its own forward and backward run. It is cut at its
 layer lists into 2 stages and into 4 (or as many as there are layers). As a local pipe it is compared with the uncut
 model in train and in eval mode: output (type, structure, layout), every gradient, every buffer, parameter names, and
 once more with another batch size and sequence length. Then it trains for 3 steps of AdamW and a fourth with other
-shapes on ranks as threads: 2 stages under 1F1B, 4 under interleaved 1F1B. Losses, gradients, parameters and buffers
-are compared with the uncut model run microbatch by microbatch. Equal means equal in every bit.
+shapes on ranks as threads: 2 stages under 1F1B, 4 under interleaved 1F1B on 2 ranks, and 4 under ZB-H1 on 4 ranks, with
+backwards in two halves. Losses, merged outputs, gradients, parameters and buffers are compared with the uncut model run
+microbatch by microbatch. Equal means equal in every bit.
 
-On ranks the merged outputs are not compared. The zoo passes `use_cache=False` and switches off LayerDrop, SpecAugment,
-Reformer's axial positions and BigBird's sparse attention; timm backbones become a tiny ResNet; detection labels are not
-passed, and some multimodal models are called with text only. A model whose gradients differ between two runs from one
-seed does not count. A model that takes longer than 120 s counts as not passing.
+The zoo passes `use_cache=False` and switches off LayerDrop, SpecAugment, Reformer's axial positions and BigBird's
+sparse attention; timm backbones become a tiny ResNet; detection labels are not passed, and some multimodal models are
+called with text only. A model whose gradients differ between two runs from one seed does not count. A model that takes
+longer than 120 s of processor time counts as not passing.
 """
 
 
 _UNFINISHED = (
     "The catalogue has {classes} classes; the others were not tried yet. `make zoo` goes on where it was stopped.\n"
 )
+
+
+def _origin(results: Sequence[Result]) -> str:
+    """What the results are of: one state of the code, or several."""
+    states = Counter(r.state for r in results)
+    if len(states) == 1:
+        return f"All of it is from one state: {next(iter(states))}."
+    parts = "; ".join(f"{count} classes on {state}" for state, count in states.most_common())
+    return f"It is put together from runs of several states: {parts}."
 
 
 def table(results: Sequence[Result]) -> str:
@@ -56,14 +67,14 @@ def _counted(results: Sequence[Result]) -> tuple[int, int, int, int]:
     return len(results), len(run), sum(r.pipe == "right" for r in run), sum(r.passes for r in run)
 
 
-def written(results: Sequence[Result], versions: str, classes: int) -> str:
+def written(results: Sequence[Result], classes: int) -> str:
     """The page on coverage; `classes` are those of the catalogue, tried or not."""
     run = [r for r in results if r.runs]
     elsewhere = [r for r in run if r.passes and r.reason]
     failing = [r for r in run if not r.passes]
     left = [r for r in results if not r.runs]
     parts = [
-        _INTRODUCTION.format(versions=versions),
+        _INTRODUCTION.format(origin=_origin(results)),
         f"**{summary(results)}.**\n",
         *([_UNFINISHED.format(classes=classes)] if len(results) < classes else []),
         table(results) + "\n",

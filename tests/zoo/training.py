@@ -12,7 +12,8 @@ import pipework
 from pipework import Runner
 from pipework.plan import Kind, Schedule
 from pipework.split.draws import DrawKey, drawing_for, streams
-from pipework.split.microbatch import chunk
+from pipework.split.microbatch import chunk, merge
+from pipework.split.trees import map_leaves
 from tests.split.equality import same, tensors
 from tests.zoo import inputs
 
@@ -29,21 +30,24 @@ def loss_of(output: Any, target: Any = None) -> torch.Tensor:
 
 
 def trained_alike(found: Any, cuts: Sequence[Mapping[str, Any]]) -> None:
-    """Three steps under each schedule and a fourth with other shapes: losses, parameters and buffers are the same."""
+    """Three steps under each schedule and a fourth with other shapes: all that `_compare` compares is the same."""
     for how in cuts:
-        model, reference = found.make(), found.make()
-        pipe = pipework.pipeline(model, (), found.inputs(2, inputs.LENGTH, 0), **how)
-        per_rank = 2 if pipe.num_stages == 4 else 1
-        family = "interleaved_one_f_one_b" if per_rank == 2 else "one_f_one_b"
-        _compare(found, pipe, reference, family, pipe.num_stages // per_rank)
+        families = ["interleaved_one_f_one_b" if how is not cuts[0] else "one_f_one_b"]
+        for family in families + ["zero_bubble_h1"] * (how is cuts[-1]):
+            model, reference = found.make(), found.make()
+            pipe = pipework.pipeline(model, (), found.inputs(2, inputs.LENGTH, 0), **how)
+            per_rank = 2 if family == "interleaved_one_f_one_b" and pipe.num_stages % 2 == 0 else 1
+            _compare(found, pipe, reference, family, pipe.num_stages // per_rank)
 
 
 def _compare(found: Any, pipe: pipework.split.Pipe, reference: nn.Module, family: str, ranks: int) -> None:
+    """Losses, merged outputs, gradients, parameters and buffers."""
     model = pipe.model
     plan = getattr(pipework.schedules, family)(pipe.layout(ranks), MICROBATCHES)
     example = found.inputs(MICROBATCHES * 2, inputs.LENGTH, 0)
     by_dimension = {name: 0 for name, value in example.items() if isinstance(value, torch.Tensor)}  # whatever its size
     runner = Runner(pipe, plan, loss=loss_of, chunk_spec=by_dimension)
+    runner.keep_outputs = True
     optimizer = torch.optim.AdamW(runner.parameters(), lr=1e-3)
     twin = torch.optim.AdamW(reference.parameters(), lr=1e-3)
     for step in range(STEPS + 1):
@@ -52,10 +56,11 @@ def _compare(found: Any, pipe: pipework.split.Pipe, reference: nn.Module, family
         optimizer.zero_grad()
         twin.zero_grad()
         parts = chunk(batch, MICROBATCHES, by_dimension)
-        wanted = _reference(reference, parts, pipe, plan, DrawKey(runner.seed, step, 0))
+        wanted, outputs = _reference(reference, parts, pipe, plan, DrawKey(runner.seed, step, 0))
         loss = runner.step(**batch)
         where = f"{family} step {step}: "
         same(loss, wanted, where + "loss")
+        same(runner.outputs, outputs, where + "output", strides=False)
         pairs = dict(reference.named_parameters())
         for name, parameter in runner.named_parameters():
             same(parameter.grad, pairs[name].grad, f"{where}gradient of {name}", strides=False)
@@ -70,16 +75,22 @@ def _compare(found: Any, pipe: pipework.split.Pipe, reference: nn.Module, family
 
 def _reference(
     model: nn.Module, parts: Sequence[dict[str, Any]], pipe: pipework.split.Pipe, plan: Schedule, draw: DrawKey
-) -> torch.Tensor:
-    """One step of the unsplit model; leaves its gradients in `.grad`, added in the order of the stages' backwards."""
+) -> tuple[torch.Tensor, Any]:
+    """One step of the unsplit model: loss and merged output.
+
+    Leaves its gradients in `.grad`, added in the order in which the stages make them.
+    """
+    outputs: list[Any] = []
     losses: list[torch.Tensor] = []
     gradients: list[dict[str, torch.Tensor | None]] = []
     for microbatch, part in enumerate(parts):
         key = DrawKey(draw.seed, draw.step, microbatch)
         with streams(dict(model.named_modules()), pipe.variant(pipe.bind((), part)).drawing), drawing_for(key):
-            loss = loss_of(model(**part))
+            output = model(**part)
+            loss = loss_of(output)
             (loss / len(parts)).backward()
         losses.append(loss.detach())
+        outputs.append(map_leaves(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, output))
         gradients.append({name: p.grad for name, p in model.named_parameters()})
         model.zero_grad(set_to_none=True)
     own = dict(model.named_parameters())
@@ -89,7 +100,7 @@ def _reference(
             if gradient is not None:
                 held = own[name].grad
                 own[name].grad = gradient.clone() if held is None else held + gradient
-    return torch.stack(losses).sum() / len(parts)
+    return torch.stack(losses).sum() / len(parts), merge(outputs)
 
 
 def _orders(pipe: pipework.split.Pipe, plan: Schedule) -> dict[str, list[int]]:
@@ -98,6 +109,6 @@ def _orders(pipe: pipework.split.Pipe, plan: Schedule) -> dict[str, list[int]]:
     orders: dict[str, list[int]] = {}
     for stage in reversed(range(pipe.num_stages)):
         actions = plan.orders[plan.layout.rank_of[stage]]
-        made = [a.microbatch for a in actions if a.stage == stage and a.kind is Kind.BACKWARD]
+        made = [a.microbatch for a in actions if a.stage == stage and a.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)]
         orders.update({names[id(p)]: made for p in pipe.get_stage_module(stage).parameters()})
     return orders
