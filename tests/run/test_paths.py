@@ -183,3 +183,41 @@ def test_a_value_that_only_the_step_can_know_is_refused_where_it_is_read() -> No
     runner = runner_for(model, positive[:2])
     with pytest.raises(MismatchError, match="the model took another path: __bool__ is"):
         runner.step(-20 * positive, target=torch.zeros(8, 8))
+
+
+class Skipping(nn.Module):
+    """A layer that skips itself at random, as LayerDrop does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.2), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if self.training and torch.rand([]) < 0.5 else self.inner(x)
+
+
+class SkippedInTheTrunk(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self[0](x)
+        pipework.pipe_split()
+        for layer in self[1:]:
+            if torch.rand([]) > 0.5:
+                x = layer(x)
+        return x.sin()
+
+
+def test_layers_skipped_at_random() -> None:
+    """Right where each layer stays whole, and refused with the remedy where the trunk does the choosing."""
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 8), torch.randn(16, 8)
+    layers = nn.Sequential(*[Skipping() for _ in range(6)])
+    cut = {"2": pipework.SplitPoint.BEGINNING, "4": pipework.SplitPoint.BEGINNING}
+    for family in ("one_f_one_b", "zero_bubble_h1"):
+        schedule = getattr(pipework.schedules, family)(pipework.Layout.loop(3), 8)
+        report = pipework.verify(
+            layers, (x,), target=y, loss=F.mse_loss, schedule=schedule, split_spec=cut, microbatches=8
+        )
+        assert report.equal, report.text()
+    trunk = SkippedInTheTrunk(*[nn.Linear(8, 8) for _ in range(3)])
+    with pytest.raises(MismatchError, match=r"drawn at random(.|\n)*put the choice in a module that stays whole"):
+        pipework.verify(trunk, (x,), target=y, loss=F.mse_loss, microbatches=8)

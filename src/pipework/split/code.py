@@ -17,6 +17,7 @@ from torch.nn import functional
 from pipework.split.blocks import Block, Step, blocks, steps
 from pipework.split.capture import Recording
 from pipework.split.cut import StagePart
+from pipework.split.draws import drawn
 from pipework.split.scope import Original, Template
 from pipework.split.tape import Checkpoint, ClosedModule, Draw, Entry, Origin, Surroundings, name_of
 from pipework.split.trees import Ref, children, held, is_object, leaves, named_leaves
@@ -159,7 +160,9 @@ class _Writer:
         if entry.readback and self.collects:
             return [f"found.append({call})"]
         if entry.readback:
-            return [f"expect({call}, {self._expression(entry.result)}, {entry.title!r}, {self._source(entry)!r})"]
+            told = [self._expression(entry.result), repr(entry.title), repr(self._source(entry))]
+            told += ["by_chance=True"] if drawn(entry, self.recording.entries, self.recording.values) else []
+            return [f"expect({call}, {', '.join(told)})"]
         if "=" in call and name_of_assignment(entry):
             return [call]
         if isinstance(entry.result, Ref):

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from pipework.split.marks import listen, on_repeated
-from pipework.split.tape import Draw
+from pipework.split.tape import ClosedModule, Draw, Entry, Origin, Value
 from pipework.split.torch_private import in_backward
 
 _thread = threading.local()
@@ -66,6 +66,23 @@ def streams_on(device: torch.device) -> Callable[[str, int, int], None]:
             _begin(key, Draw(module, call, segment), device)
 
     return begin
+
+
+def drawn(entry: Entry, entries: Sequence[Entry], values: Sequence[Value]) -> bool:
+    """Whether a call reads what chance alone decides: no input and no module went into it, but a random number did."""
+    todo, by_chance = entry.reads(), False
+    while todo:
+        value = values[todo.pop()]
+        if value.maker is None:
+            if value.origin is Origin.INPUT:
+                return False
+            continue
+        maker = entries[value.maker]
+        if isinstance(maker.target, ClosedModule):
+            return False
+        by_chance |= maker.draw is not None
+        todo += maker.reads()
+    return by_chance
 
 
 def with_unreached(

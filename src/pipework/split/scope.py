@@ -27,15 +27,18 @@ def equal(found: Any, value: Any) -> bool:
     return bool(same.all() if hasattr(same, "all") else same)
 
 
-def expect(found: Any, value: Any, what: str, source: str) -> None:
+def expect(found: Any, value: Any, what: str, source: str, by_chance: bool = False) -> None:
     """A Python value on which the captured forward depends must be what it was."""
-    if not equal(found, value):
-        raise MismatchError(
-            f"the model took another path: {what} is {found!r}, and was {value!r} on the example",
-            where=source,
-            why="the forward reads this value back into Python, so the stages hold for this value only",
-            remedy="capture on an example that takes this path, or put the branching code in a module that stays whole",
-        )
+    if equal(found, value):
+        return
+    if by_chance:
+        why = "the value was drawn at random, and the stages hold for one way through the model only"
+        remedy = "put the choice in a module that stays whole (a layer may skip itself at random), or turn it off"
+    else:
+        why = "the forward reads this value back into Python, so the stages hold for this value only"
+        remedy = "capture on an example that takes this path, or put the branching code in a module that stays whole"
+    what = f"the model took another path: {what} is {found!r}, and was {value!r} on the example"
+    raise MismatchError(what, where=source, why=why, remedy=remedy)
 
 
 def taken_from(holder: Any, count: int, what: str, source: str) -> list[torch.Tensor]:
