@@ -129,7 +129,7 @@ def test_no_family_that_fits_is_better(layout: Layout, memory: float | None, spl
     found = search(layout, 6, costs, memory=memory, split_backward=split, seconds=0)
     for family in FAMILIES.values():
         try:
-            timeline = simulate(family(layout, 6), costs)
+            timeline = simulate(family.build(layout, 6), costs)
         except ScheduleError:
             continue
         splits = any(timeline.schedule.splits(stage, 0) for stage in range(layout.stages))

@@ -89,7 +89,7 @@ def search(
 
     >>> found = search(Layout.loop(4), microbatches=6, memory=4)
     >>> found.text
-    'makespan 21, optimal; greedy'
+    'makespan 21, optimal; zero_bubble_h1'
     >>> print(found.timeline.text())
     rank 0  F0F1F2F3......I0W0F4I1W1F5I2W2I3W3I4W4I5W5
     rank 1  ..F0F1F2....I0F3I1W0F4I2W1F5I3W2I4W3I5W4W5
