@@ -225,8 +225,7 @@ STEPPING = {
     "1 microbatch; fewer microbatches than ranks": """
         end_to_end/test_equality.py::test_every_number_of_microbatches_on_threads
         end_to_end/test_equality.py::test_numbers_of_microbatches_on_processes
-        plan/test_families.py::test_uneven_rounds_are_refused_with_a_number_that_works
-        plan/test_families.py::test_no_microbatches_are_refused
+        plan/test_families.py::test_the_smallest_number_of_microbatches
     """,
 }
 
