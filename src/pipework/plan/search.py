@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from math import inf
 from time import monotonic
 from typing import final
 
 from pipework.errors import ScheduleError
 from pipework.plan import solver
-from pipework.plan.bounds import bounds
 from pipework.plan.check import check
 from pipework.plan.costs import Costs
 from pipework.plan.families import FAMILIES
@@ -22,6 +21,7 @@ from pipework.plan.problem import Memory, Objective, Orders, Problem, Shares, pr
 from pipework.plan.schedule import Schedule
 from pipework.plan.simulate import UNIT, simulate
 from pipework.plan.timeline import Timeline
+from pipework.plan.windows import windows
 
 _GREEDY_STEPS = 150_000  # tasks that greedy rules put in order, all together, so that it takes a second or two
 
@@ -74,10 +74,11 @@ def search(
 ) -> Found:
     """The best schedule that can be found in about `seconds`, and a bound that no schedule beats.
 
-    First come the published families that fit, and several hundred greedy rules; often one of them meets the bound. If
-    not, and with the extra `pipework[search]`, a constraint solver goes on from the best of them until it has a proof
-    or the time is over. With `seconds=0`, or without the extra, the result is the same on every machine; a solver's is
-    not, so search on one rank and give the others the schedule (`write_json`).
+    First come the published families that fit, and several hundred greedy rules; often one of them meets the bound. A
+    family's schedule is left as it is published. If nothing meets the bound, and with the extra `pipework[search]`, a
+    constraint solver goes on from the best of them until it has a proof or the time is over. With `seconds=0`, or
+    without the extra, the result is the same on every machine; a solver's is not, so search on one rank and give the
+    others the schedule (`write_json`).
 
     - `memory`: the most activation memory of a rank, in the unit of `costs.activation`; one number, or one per rank.
     - `objective`: `"makespan"` or `"span"`, as in `Timeline`.
@@ -99,7 +100,7 @@ def search(
     """
     _require(objective, seconds, workers)
     given = problem(layout, microbatches, costs, memory, objective, split_backward, microbatches_of)
-    known = bounds(given)
+    known = windows(given)
     begin = monotonic()
     least = known.least
     best = _constructed(given, costs, least)
@@ -109,25 +110,35 @@ def search(
     elif best.value > least and left > 0:
         solved = solver.solve(given, known, best.orders, left, workers)
         least = solved.least
-        if solved.orders is not None:
+        if best.value <= least:
+            best = replace(best, how=f"{best.how}, proven by the solver")
+        elif solved.orders is not None:
             best = min(best, _candidate(given, solved.orders, "solver"), key=lambda candidate: candidate.value)
-    timeline = simulate(given.schedule("search", best.orders), costs)
     optimal = best.value <= least and given.exact_times
-    return Found(timeline.schedule, timeline, objective, float(least / given.per_unit), optimal, best.how)
+    bound = float(least / given.per_unit)
+    timeline = simulate(given.schedule("search", best.orders), costs)
+    found = Found(timeline.schedule, timeline, objective, bound, optimal, best.how)
+    if best.published is None or best.published.overlapped:
+        return found
+    # As published, with backwards in one piece where they cost no time: two pieces are more work for a device.
+    timeline = simulate(best.published, costs)
+    published = replace(found, schedule=timeline.schedule, timeline=timeline)
+    return published if published.value <= found.value else found
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """Orders that fit the memory, their value, and where they come from."""
+    """Orders that fit the memory, their value, and where they come from: from which family, if from any."""
 
     orders: Orders
     value: int
     how: str
+    published: Schedule | None = None
 
 
-def _candidate(given: Problem, orders: Orders, how: str) -> _Candidate:
-    return _Candidate(orders, given.value(given.starts(orders)), how)
+def _candidate(given: Problem, orders: Orders, how: str, published: Schedule | None = None) -> _Candidate:
+    return _Candidate(orders, given.value(given.starts(orders)), how, published)
 
 
 def _constructed(given: Problem, costs: Costs, enough: int) -> _Candidate:
@@ -143,10 +154,10 @@ def _constructed(given: Problem, costs: Costs, enough: int) -> _Candidate:
 
 
 def _candidates(given: Problem, costs: Costs) -> Iterator[_Candidate]:
-    for schedule in [*_families(given, costs), given.one_by_one]:
+    for schedule in chain(_families(given, costs), [given.one_by_one]):
         orders = given.orders(schedule)
         if orders is not None and given.fits(orders):
-            yield _candidate(given, orders, schedule.name)
+            yield _candidate(given, orders, schedule.name, schedule)
     for rule in islice(rules(given), max(1, _GREEDY_STEPS // len(given.actions))):
         yield _candidate(given, greedy(given, rule), "greedy")
 

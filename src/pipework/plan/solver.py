@@ -15,8 +15,8 @@ from math import ceil
 from typing import Any, final
 
 from pipework.plan.action import Kind
-from pipework.plan.bounds import Bounds
 from pipework.plan.problem import Orders, Problem
+from pipework.plan.windows import Windows
 
 
 @final
@@ -33,7 +33,7 @@ def is_installed() -> bool:
     return find_spec("ortools") is not None
 
 
-def solve(problem: Problem, known: Bounds, best: Orders, seconds: float, workers: int | None) -> Solved:
+def solve(problem: Problem, known: Windows, best: Orders, seconds: float, workers: int | None) -> Solved:
     """Look for orders better than `best`, or for a proof that there are none, for so many seconds at most.
 
     `workers` threads follow one strategy each; unless given, as many as the machine has cores, but 8 at least.
@@ -67,7 +67,7 @@ def solve(problem: Problem, known: Bounds, best: Orders, seconds: float, workers
 class _Model:
     """The problem in the solver's words; `starts` are its variables."""
 
-    def __init__(self, model: Any, problem: Problem, known: Bounds, best: Sequence[int]) -> None:
+    def __init__(self, model: Any, problem: Problem, known: Windows, best: Sequence[int]) -> None:
         self.model, self.problem = model, problem
         value = problem.value(best)
         # The order with the shortest span may have a longer makespan, but never longer than one thing at a time.

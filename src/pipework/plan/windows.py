@@ -26,7 +26,7 @@ _MANY = 3000  # tasks, above which only longest paths count, so that it takes se
 
 @final
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class Windows:
     """What is known of a problem before any search: which tasks come before which, heads, tails, and the least value.
 
     `least` is a lower bound of the objective's value, in the problem's whole numbers.
@@ -38,8 +38,8 @@ class Bounds:
     least: int
 
 
-def bounds(problem: Problem) -> Bounds:
-    """The bounds of a problem."""
+def windows(problem: Problem) -> Windows:
+    """The windows of a problem's tasks."""
     edges = tuple(_edges(problem))
     everything = range(len(problem.actions))
     heads = _heads(problem, edges, everything)
@@ -53,7 +53,7 @@ def bounds(problem: Problem) -> Bounds:
             own_heads = _heads(problem, edges, tasks)
             jobs = [(own_heads[task], problem.durations[task], 0) for task in tasks]
         least = max(least, _one_at_a_time(jobs))
-    return Bounds(edges, tuple(heads), tuple(tails), least)
+    return Windows(edges, tuple(heads), tuple(tails), least)
 
 
 def _edges(problem: Problem) -> Iterator[Edge]:
