@@ -18,7 +18,7 @@ from pipework.plan.layout import Layout
 
 def _replicas(ranks: int, per_rank: int) -> Layout:
     if per_rank != 2:
-        raise ScheduleError(f"two replicas have 2 stages per rank, not {per_rank}", remedy="leave that to the family")
+        raise ScheduleError(f"two replicas have 2 stages per rank, not {per_rank}", remedy="give 2, or leave it out")
     return Layout.bidirectional(ranks)
 
 
