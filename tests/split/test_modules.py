@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from pipework import CaptureError, CutError, pipe_split, pipeline
+from pipework.split.trees import held
 from tests.models import linear, linears, numbers, trunk
 from tests.split.equality import after, before, check, same
 
@@ -679,6 +680,23 @@ def test_object_given_by_the_caller() -> None:
     cache.named["scale"] = numbers(seed=9, grad=True)
     check(model, (numbers(grad=True), cache), want=2)
     assert cache.calls == 0  # stages are given twins
+
+
+def test_empty_object_given_by_the_caller_stays_empty() -> None:
+    @trunk(layers=nn.ModuleList(map(Filling, range(2))))
+    def model(self: nn.Module, x: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        found: dict[str, Any] = {}
+        rows: list[Tensor] = []
+        for layer in self.layers:
+            x = layer(x, cache, found, rows)
+        return x, cache
+
+    cache = Cache(2)
+    pipe = pipeline(model, (numbers(), cache), split_spec=before("layers.1"))
+    for _ in range(2):
+        same(pipe(numbers(), cache), model(numbers(), Cache(2)))
+        assert not list(held(cache))
+        assert cache.calls == 0
 
 
 def test_object_without_an_end_is_refused() -> None:

@@ -21,7 +21,7 @@ from pipework.split.generators import Watch
 from pipework.split.intercept import intercepted
 from pipework.split.marks import Marks, SplitPoint
 from pipework.split.points import CutPoint, PipeSplit
-from pipework.split.preserve import changes, unchanged
+from pipework.split.preserve import changes, unchanged, unfilled
 from pipework.split.tape import ClosedModule, Draw, Entry, Origin, Surroundings, Tape, Value, user_line
 from pipework.split.torch_private import TorchDispatchMode, arguments_of, has_backward_hooks, storage_of, version_of
 from pipework.split.trees import Ref, leaves, map_leaves
@@ -266,7 +266,7 @@ def _run(
 ) -> tuple[Recording | None, frozenset[str]]:
     names = {id(m): name for name, m in module.named_modules()}
     fakes = fakes_for(module, inputs)
-    with _lock, unchanged(module), contextlib.ExitStack() as stack:
+    with _lock, unchanged(module), unfilled(inputs), contextlib.ExitStack() as stack:
         if fakes is not None:
             inputs = map_leaves(fakes.of, inputs)
             fakes.dress(module)

@@ -11,6 +11,7 @@ from torch import nn
 
 from pipework.errors import CaptureError
 from pipework.split.generators import unmoved
+from pipework.split.trees import held, is_empty_object, leaves, remade
 
 _SIMPLE = (type(None), bool, int, float, str)
 
@@ -36,6 +37,19 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             for tensor, content in contents:
                 if not torch.equal(tensor, content):  # batch_norm writes its statistics without a change of version
                     tensor.copy_(content)
+
+
+@contextlib.contextmanager
+def unfilled(arguments: Any) -> Iterator[None]:
+    """Put back objects among the arguments into which a run of the model puts tensors (an empty cache)."""
+    saved = [(leaf, remade(leaf, lambda inner: inner)) for leaf in leaves(arguments) if is_empty_object(leaf)]
+    try:
+        yield
+    finally:
+        for leaf, twin in saved:
+            if next(held(leaf), None) is not None:
+                vars(leaf).clear()
+                vars(leaf).update(vars(twin))
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:

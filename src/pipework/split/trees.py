@@ -37,13 +37,18 @@ _WHOLE = (torch.Tensor, Ref, nn.Module, type, FunctionType, MethodType, ModuleTy
 
 def children(node: Any) -> Parts | None:
     """The accessors (`[0]`, `['key']`, `.field`), the children and the way back; None for a leaf."""
-    return _object(node) if is_object(node) else _container(node)
+    return _container(node) or (_object(node) if is_object(node) else None)
 
 
 def is_object(node: Any) -> bool:
     """Whether a node is an object with tensors in its attributes, and no container; one that holds itself is a leaf."""
     plain = _has_attributes(node) and _container(node) is None
     return plain and next(held(node), None) is not None and not _holds_itself(node)
+
+
+def is_empty_object(node: Any) -> bool:
+    """Whether a leaf is an object that could come to hold tensors."""
+    return _has_attributes(node) and next(held(node), None) is None
 
 
 def _container(node: Any) -> Parts | None:
@@ -190,11 +195,9 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     >>> map_leaves(lambda leaf: leaf * 2, {"a": (1, [2]), "b": 3})
     {'a': (2, [4]), 'b': 6}
     """
-    if is_object(tree):
-        return remade(tree, function)
-    parts = children(tree)
+    parts = _container(tree)
     if parts is None:
-        return function(tree)
+        return remade(tree, function) if is_object(tree) else function(tree)
     _, old, rebuild = parts
     new = [map_leaves(function, child) for child in old]
     return tree if all(a is b for a, b in zip(old, new, strict=True)) else rebuild(new)
