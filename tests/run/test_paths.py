@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pipework
-from pipework.errors import MismatchError
+from pipework.errors import CutError, MismatchError
 from pipework.verify import Report
 from tests.families import PER_RANK
 from tests.gloo import GlooPool
@@ -221,3 +221,6 @@ def test_layers_skipped_at_random() -> None:
     trunk = SkippedInTheTrunk(*[nn.Linear(8, 8) for _ in range(3)])
     with pytest.raises(MismatchError, match=r"drawn at random(.|\n)*put the choice in a module that stays whole"):
         pipework.verify(trunk, (x,), target=y, loss=F.mse_loss, microbatches=8)
+    torch.manual_seed(0)  # skips the first that it may skip
+    with pytest.raises(CutError, match=r"never called(.|\n)*here chance decides(.|\n)*let a layer skip itself"):
+        pipework.pipeline(trunk, (x,), split_spec={"1": pipework.SplitPoint.BEGINNING})

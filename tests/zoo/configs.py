@@ -238,6 +238,9 @@ def _make_consistent(shrunk: dict[str, Any], fields: Mapping[str, Any], level: i
     for count, width in pairs:
         if isinstance(expand, int) and fields.get(count) and fields.get(width):
             shrunk[width] = expand * shrunk["hidden_size"] // shrunk[count]
+    many, width = shrunk.get("num_heads"), shrunk.get("embed_dim")
+    if level == 0 and isinstance(many, list) and isinstance(width, int) and width % many[0]:
+        shrunk["embed_dim"] = 8 * many[0]
     rope = shrunk.get("rope_parameters")
     if level < 2 and isinstance(rope, dict) and "rope_type" in rope and shrunk.get("num_attention_heads"):
         head = shrunk.get("head_dim") or shrunk["hidden_size"] // shrunk["num_attention_heads"]

@@ -15,7 +15,7 @@ from pipework.split.arguments import Arguments, bind
 from pipework.split.capture import Recording, ancestors, capture
 from pipework.split.code import written
 from pipework.split.cut import Cut, cut, refuse_fake_constants
-from pipework.split.draws import with_unreached
+from pipework.split.draws import drawn, with_unreached
 from pipework.split.guards import Guards, input_guards
 from pipework.split.marks import Mark, Marks, SplitPoint
 from pipework.split.points import CutPoints, PipeSplit
@@ -333,8 +333,12 @@ def _refuse_unmet(module: nn.Module, marks: Marks, recording: Recording) -> None
         near = (
             f"; its children are: {', '.join(inside[:4])}" if inside else nearest(name, recording.called.keys() - {""})
         )
+        by_chance = any(e.readback and drawn(e, recording.entries, recording.values) for e in recording.entries)
         raise CutError(
             f"the module {name!r} is never called in the forward",
-            why="a cut lies before or after a module's call" + near,
-            remedy="name a module that the forward calls (of a ModuleList, name one of its items)",
+            why="a cut lies before or after a module's call"
+            + ("; here chance decides what is called" * by_chance or near),
+            remedy="let a layer skip itself at random, or turn that off"
+            if by_chance
+            else "name a module that the forward calls (of a ModuleList, name one of its items)",
         )
