@@ -1,0 +1,89 @@
+"""The operations whose weight gradient can wait, and how each goes back: by the very calls that autograd makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+Mask = tuple[bool, bool, bool]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What the modules of some classes compute, and how it goes back; `back` gives what the mask asks for.
+
+    `fits` tells whether `back` makes the very calls that autograd makes for this input, so that no bit differs.
+    `is_cast` tells whether autocast casts its tensors.
+    """
+
+    classes: tuple[type[nn.Module], ...]
+    is_cast: bool
+    fits: Callable[[Any, Tensor], bool]
+    forward: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
+    back: Callable[[Any, Tensor, Tensor, Tensor, Mask], Gradients]  # (module, gradient, input, weight, mask)
+
+
+def _linear_fits(module: nn.Linear, x: Tensor) -> bool:
+    # With one row strides do not tell rows from columns, and autograd's choice of product goes by strides.
+    return x.dim() >= 2 and x.is_contiguous() and module.weight.is_contiguous() and x.numel() > module.in_features
+
+
+def _linear(module: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(x, weight, bias)
+
+
+def _linear_back(module: nn.Linear, gradient: Tensor, x: Tensor, weight: Tensor, mask: Mask) -> Gradients:
+    flat = gradient.reshape(-1, module.out_features)
+    return (
+        flat.mm(weight).view(x.shape) if mask[0] else None,
+        flat.t().mm(x.view(-1, module.in_features)) if mask[1] else None,
+        flat.sum(0) if mask[2] else None,
+    )
+
+
+def _conv_fits(module: Any, x: Tensor) -> bool:
+    batched = x.dim() == module.weight.dim()
+    return batched and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _conv(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    none = [0] * len(module.stride)
+    return torch.ops.aten.convolution(
+        x, weight, bias, module.stride, module.padding, module.dilation, False, none, module.groups
+    )
+
+
+def _conv_back(module: Any, gradient: Tensor, x: Tensor, weight: Tensor, mask: Mask) -> Gradients:
+    sizes = None if module.bias is None else [module.out_channels]
+    none = [0] * len(module.stride)
+    return torch.ops.aten.convolution_backward(
+        gradient, x, weight, sizes, module.stride, module.padding, module.dilation, False, none, module.groups, mask
+    )
+
+
+def _embedding_fits(module: nn.Embedding, x: Tensor) -> bool:
+    return module.max_norm is None and not module.sparse
+
+
+def _embedding(module: nn.Embedding, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.embedding(x, weight, module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
+
+
+def _embedding_back(module: nn.Embedding, gradient: Tensor, x: Tensor, weight: Tensor, mask: Mask) -> Gradients:
+    padding = -1 if module.padding_idx is None else module.padding_idx
+    rows = weight.shape[0]
+    back = torch.ops.aten.embedding_dense_backward
+    return None, back(gradient, x, rows, padding, module.scale_grad_by_freq) if mask[1] else None, None
+
+
+OPERATIONS = (
+    Operation((nn.Linear,), True, _linear_fits, _linear, _linear_back),
+    Operation((nn.Conv1d, nn.Conv2d, nn.Conv3d), True, _conv_fits, _conv, _conv_back),
+    Operation((nn.Embedding,), False, _embedding_fits, _embedding, _embedding_back),
+)
