@@ -15,8 +15,8 @@ from pipework.plan import Costs, Layout, check, search
 from tests.plan.searches import CASES, arguments
 
 CLAIM = (
-    "The known optima are found, and proven to be optima; so are those for all other memory limits. `rules` is what is"
-    " found without a solver, the same on every machine; the seconds are of everything, with the solver."
+    "The known optima are found, and proven to be optima. `rules` is what is found without a solver, the same on every"
+    " machine; the seconds are of everything, with the solver. What has no known optimum is there to see what is proven."
 )
 
 
