@@ -16,7 +16,7 @@ from tests.plan.searches import CASES, arguments
 
 CLAIM = (
     "The known optima are found, and proven to be optima. `rules` is what is found without a solver, the same on every"
-    " machine; the seconds are of everything, with the solver. What has no known optimum is there to see what is proven."
+    " machine; the seconds are of everything, with the solver. Without a known optimum it shows what is proven."
 )
 
 
