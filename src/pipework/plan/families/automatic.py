@@ -38,9 +38,9 @@ def zero_bubble_2p(layout: Layout, microbatches: int, *, costs: Costs = UNIT, me
     """A split-backward schedule for these costs, in twice the memory of 1F1B: ZB-2p (Qi et al., arXiv:2401.10241).
 
     As `zero_bubble_1p`, but unless given `memory` is twice as much. That leaves next to no bubble in the span if F, I
-    and W take about equally long, or if input gradients release about half of an activation, as in the paper's models (see
-    `costs.released_by_input_gradient`). Choose it over ZB-H2 where the costs are known and differ. Takes one stage per
-    rank and 1 or more microbatches; raises ScheduleError otherwise, and if the memory does not hold one microbatch.
+    and W take about equally long, or if input gradients release about half of an activation, as in the paper's models
+    (see `costs.released_by_input_gradient`). Choose it over ZB-H2 where the costs are known and differ. Takes one stage
+    per rank and 1 or more microbatches; raises ScheduleError otherwise, and if the memory does not hold one microbatch.
 
     >>> from pipework.plan import simulate
     >>> print(simulate(zero_bubble_2p(Layout.loop(4), microbatches=7)).text())
