@@ -32,6 +32,7 @@ from pipework.split.torch_private import (
     goes_on_to,
     has_gradient_hooks,
     is_compiled,
+    no_view,
     parameters_of,
     version_of,
 )
@@ -248,7 +249,8 @@ class _TwoHalves(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.call, ctx.dtype = call, dtype
         cast = call.split.cast
-        return call.operation.forward(call.module, x, cast(weight, dtype), None if bias is None else cast(bias, dtype))
+        out = call.operation.forward(call.module, x, cast(weight, dtype), None if bias is None else cast(bias, dtype))
+        return no_view(out)  # of which slices may be written in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:

@@ -51,6 +51,11 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor._base is None else tensor._base
 
 
+def no_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, which counts as nobody's view: what it is a view of must not be used."""
+    return tensor if tensor._base is None else torch.ops.aten._unsafe_view(tensor, tensor.shape)
+
+
 @contextlib.contextmanager
 def without_function_mode(mode: TorchFunctionMode) -> Iterator[None]:
     """Inside the block this mode is off, and those that were put on after it (`torch.device`, ...) stay on."""
@@ -196,6 +201,7 @@ __all__ = [
     "in_backward",
     "is_compiled",
     "is_persistent",
+    "no_view",
     "parameters_of",
     "plain_torch_function",
     "shallow_copy",
