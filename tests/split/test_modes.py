@@ -226,6 +226,33 @@ def test_values_read_back_are_guarded() -> None:
         pipe(-30 * x, torch.tensor(3))
 
 
+@pytest.mark.parametrize("structure", ["list", "nested tuple", "dict"])
+def test_how_many_values_a_module_returns_is_guarded(structure: str) -> None:
+    """A block that skips layers at random returns fewer intermediate values: the last of them is another one."""
+
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            values = [x + i for i in range(3 if x.sum() > 0 else 4)]
+            return {
+                "list": [*values, None],
+                "nested tuple": (x, tuple(values)),
+                "dict": {str(i): value for i, value in enumerate(values)} | {"last": values[-1]},
+            }[structure]
+
+    @trunk(one=Block(), two=linear())
+    def model(self: nn.Module, x: Tensor) -> Tensor:
+        out = self.one(x)
+        x = {"list": lambda: out[-2], "nested tuple": lambda: out[1][-1], "dict": lambda: out["last"]}[structure]()
+        pipe_split()
+        return self.two(x)
+
+    x = numbers().abs()
+    pipe = pipeline(model, (x,))
+    same(pipe(x)[0], model(x))
+    with pytest.raises(MismatchError, match="the number of values in what one returns is"):
+        pipe(-x)
+
+
 @pytest.mark.parametrize("read", ["item", "bool", "tolist", "float", "shape", "len", "numpy", "index", "equal"])
 def test_each_way_of_reading_a_value_is_guarded(read: str) -> None:
     readers = {

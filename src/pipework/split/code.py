@@ -20,7 +20,7 @@ from pipework.split.cut import StagePart
 from pipework.split.draws import drawn
 from pipework.split.scope import Original, Template
 from pipework.split.tape import Checkpoint, ClosedModule, Draw, Entry, Origin, Surroundings, name_of
-from pipework.split.trees import Ref, children, held, is_object, leaves, named_leaves
+from pipework.split.trees import Ref, children, counts, held, is_object, leaves, named_leaves
 
 _LITERALS = (type(None), bool, int, str, bytes, type(Ellipsis), torch.dtype, torch.layout, torch.memory_format)
 
@@ -194,19 +194,21 @@ class _Writer:
         return [*lines, f"del {', '.join([found, *names.values()])}"]
 
     def _unpacking(self, entry: Entry, call: str, found: list[tuple[str, Any]]) -> list[str]:
-        out = self._fresh("out")
-        lines = [f"{out} = {call}"]
+        out, source = self._fresh("out"), self._source(entry)
+        lines, lengths = [f"{out} = {call}"], list(counts(entry.result, out))
         if any("<" in accessor for accessor, _ in found):  # a pytree without keys
             lines.append(f"{out} = leaves({out})")
             found = [(f"[{i}]", leaf) for i, (_, leaf) in enumerate(found)]
+            lengths = [(out, len(found))]
+        what = f"the number of values in what {entry.title} returns"
+        lines += [f"expect(len({reached}), {length}, {what!r}, {source!r})" for reached, length in lengths]
         for accessor, leaf in found:
             if isinstance(leaf, Ref):
                 if self._is_used(leaf):
                     lines.append(f"{self._target(leaf)} = {out}{accessor}")
             elif isinstance(leaf, (type(None), bool, int, float, str)):
                 what = f"what {entry.title} returns"
-                value = self._expression(leaf)
-                lines.append(f"expect({out}{accessor}, {value}, {what!r}, {self._source(entry)!r})")
+                lines.append(f"expect({out}{accessor}, {self._expression(leaf)}, {what!r}, {source!r})")
         return [*lines, f"del {out}"]
 
     def _forget(self, step: Step) -> list[str]:

@@ -227,6 +227,22 @@ def named_leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from named_leaves(child, name + accessor)
 
 
+def counts(tree: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Each list, tuple and dict with the expression that reaches it, and how many it holds.
+
+    >>> list(counts({"a": (1, [2])}, "inputs"))
+    [('inputs', 1), ("inputs['a']", 2), ("inputs['a'][1]", 1)]
+    """
+    parts = children(tree)
+    if parts is None:
+        return
+    if isinstance(tree, (list, tuple, dict)):
+        yield name, len(tree)
+    accessors, found, _ = parts
+    for accessor, child in zip(accessors, found, strict=True):
+        yield from counts(child, name + accessor)
+
+
 def fill(tree: Any, new: Sequence[Any]) -> Any:
     """The same tree with its leaves replaced from left to right.
 
