@@ -13,13 +13,16 @@ from pipework.plan import FAMILIES
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("page", ["losses.md"])
-def test_the_examples_of_a_page_run(page: str) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", ["errors.md", "losses.md"])
+def test_the_examples_of_a_page_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (DOCS / page).read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
     names: dict[str, object] = {}
     for number, block in enumerate(blocks):
         exec(compile(block, f"{page}, block {number}", "exec"), names)
+    printed = capsys.readouterr().out
+    assert all(shown in printed for shown in re.findall(r"```text\n(.*?)```", text, re.DOTALL))
 
 
 def test_the_page_of_schedules_is_what_the_families_say() -> None:
