@@ -104,7 +104,12 @@ class State:
         tables = {key: [(k, id(v)) for k, v in v.items()] for key, v in module.__dict__.items() if isinstance(v, dict)}
         parameters = [(k, p) for k, p in module.__dict__["_parameters"].items() if p is not None]
         flags = {name: (p.requires_grad, id(p.grad)) for name, p in parameters}
-        methods = {"call": id(type(module).__call__), "forward": id(type(module).forward), "training": module.training}
+        kind = type(module)
+        methods = {
+            "call": id(kind.__call__),
+            "forward": id(getattr(kind, "forward", None)),
+            "training": module.training,
+        }
         return {**found, **tables, **flags, **methods}
 
     def assert_still(self, model: nn.Module) -> None:

@@ -27,7 +27,6 @@ from pipework.split.cut import Edge, Wire
 from pipework.split.draws import DrawKey, drawing_for
 from pipework.split.pipe import Variant
 from pipework.split.stage import Stage
-from pipework.split.tape import Surroundings
 
 SENDS_UNDER_WAY = 4
 """Messages of one edge that may be under way before the oldest is waited for; each holds its tensors in memory."""
@@ -122,7 +121,7 @@ class StageRun:
             name == own or name.startswith(own + ".") for name in variant.drawing for own in part.modules
         )
         self.calls_before = variant.calls_before[index] if draws else None
-        self.alone: contextlib.AbstractContextManager[Any] = _casting if _casts(variant) else _NOTHING
+        self.alone: contextlib.AbstractContextManager[Any] = _casting if variant.casts else _NOTHING
 
     def forward(self, microbatch: int, feed: Feed, received: Sequence[Tensors]) -> Kept:
         """Run the stage on what came over each incoming edge."""
@@ -136,7 +135,8 @@ class StageRun:
             for end in self.incoming:
                 for position in end.back_values:
                     # A view, since autocast casts a leaf that is none but once, and adds its gradients in that dtype.
-                    taken[position] = taken[position].view_as(taken[position]).requires_grad_()
+                    came = taken[position]
+                    taken[position] = (came if came.is_sparse else came.view_as(came)).requires_grad_()
                     # Not read from `.grad`, which takes on the layout of the value: kernels choose by layout.
                     taken[position].register_hook(partial(gradients.__setitem__, position))
         self.buffers.renew()
@@ -402,10 +402,3 @@ _DO: dict[Kind, Callable[[_Step, Any], None]] = {
 
 _casting = threading.Lock()
 """Who leaves an autocast region empties a cache that all threads share: of a model with such regions one stage runs."""
-
-
-def _casts(variant: Variant) -> bool:
-    """Whether the model's trunk switches autocast on."""
-    ambient = Surroundings.now().autocast
-    entries = (entry for part in variant.cut.parts for entry in part.entries)
-    return any(on for entry in entries for (_, on, _) in set(entry.surroundings.autocast).difference(ambient))

@@ -7,7 +7,9 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from pipework.errors import MismatchError, ScheduleError
+import torch
+
+from pipework.errors import InputError, MismatchError, ScheduleError
 from pipework.plan import Program, Schedule, check, forward_only, lower
 from pipework.run.executor import Executor
 from pipework.run.transport import Transport, together
@@ -35,6 +37,8 @@ def plan(pipe: Pipe, schedule: Schedule, variants: Sequence[Variant], trains: bo
         check(schedule)
     else:
         schedule = forward_only(layout, schedule.microbatches)
+    if not ends[0].in_one_process:
+        _refuse_layouts(variants)
     programs: tuple[Program, ...] = lower(schedule)
     executors = tuple(
         Executor(
@@ -65,6 +69,18 @@ def refuse_unplayable(schedule: Schedule) -> None:
             why="a pipe has one of each stage, and every stage takes every microbatch",
             remedy="run a schedule with microbatches_of=None; others can be drawn and simulated",
         )
+
+
+def _refuse_layouts(variants: Sequence[Variant]) -> None:
+    for edge in (edge for variant in variants for edge in variant.cut.edges):
+        for wire in edge.values:
+            if wire.layout is not torch.strided:
+                raise InputError(
+                    f"a tensor of layout {wire.layout} would travel between processes",
+                    where=f"from stage {edge.source} to stage {edge.target}",
+                    why="what travels is memory in one piece, of a size that is known beforehand",
+                    remedy="make it dense before the cut (.to_dense()) and sparse after it, or move the cut",
+                )
 
 
 def fingerprint(variants: Sequence[Variant]) -> str:

@@ -21,9 +21,17 @@ from pipework.split.generators import Watch
 from pipework.split.intercept import intercepted
 from pipework.split.marks import Marks, SplitPoint
 from pipework.split.points import CutPoint, PipeSplit
-from pipework.split.preserve import changes, unchanged, unfilled
+from pipework.split.preserve import attributes_of, changes, unchanged, unfilled
+from pipework.split.refusals import IN_A_BLOCK, refuse_modules, refuse_strangers, refuse_thread
 from pipework.split.tape import ClosedModule, Draw, Entry, Origin, Surroundings, Tape, Value, user_line
-from pipework.split.torch_private import TorchDispatchMode, arguments_of, has_backward_hooks, storage_of, version_of
+from pipework.split.torch_private import (
+    TorchDispatchMode,
+    arguments_of,
+    functorch_active,
+    has_backward_hooks,
+    storage_of,
+    version_of,
+)
 from pipework.split.trees import Ref, leaves, map_leaves
 
 _lock = threading.RLock()  # what a capture patches is global, so one runs at a time
@@ -50,6 +58,7 @@ class Recording:
     device: torch.device | None  # where all the model's tensors are, if in one place
     on_example: bool  # ran on the example's real tensors rather than on fake ones
     ambient: Surroundings  # switches that were on around the run
+    casts: bool  # autocast was switched on inside the forward
 
 
 @dataclasses.dataclass(slots=True)
@@ -74,6 +83,7 @@ class _Run:
         self.drawing: set[str] = set()
         self.calls: dict[str, set[str]] = {}  # module -> the modules that its own forward calls
         self.calls_before: list[dict[str, int]] = [{}]
+        self.casts = False
         self.failed = ""  # the innermost module that raised
         self.applied: str | None = None  # the custom autograd.Function being applied
 
@@ -97,6 +107,7 @@ class _Run:
             if self.tape.silent or self.applied is not None or name in self.opened:
                 out = original(module, *args, **kwargs)
             else:
+                refuse_strangers(name, module, self.tape.known, self.tape.here)
                 closed = ClosedModule(name, frame.call)
                 with self.generators.closed(f"the call of {name!r}"):
                     out = self.tape.close(closed, lambda: original(module, *args, **kwargs), args, kwargs)
@@ -137,6 +148,13 @@ class _Run:
         if self.tape.silent:
             self.reopen.update(frame.name for frame in self.stack)
             return
+        if functorch_active():
+            raise CutError(
+                f"{label} lies inside a call of torch.func or torch.vmap",
+                where=self.tape.here,
+                why="inside it a tensor stands for many, or for its derivatives too, and cannot be handed on",
+                remedy=f"cut before or after that call, or {IN_A_BLOCK}",
+            )
         self.tape.cuts.append(label)
         self.points.append(point)
         self.calls_before.append(dict(self.called))
@@ -170,6 +188,11 @@ class _Run:
 
     def cache_cleared(self) -> None:
         self.tape.stretch += 1
+        self.casts |= any(on for _, on, _ in Surroundings.now(self.tape.device_types).autocast)
+
+    def thread(self) -> None:
+        if not self.tape.silent:
+            refuse_thread(self.tape.here)
 
     def function(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         if self.tape.silent or self.applied is not None:
@@ -238,6 +261,7 @@ def capture(
     """
     opened = opened | {""} | {a for name in marks.at for a in ancestors(name)}
     while True:
+        refuse_modules(module, opened)
         _refuse_backward_hooks(module, opened)
         recording, missed = _run(module, inputs, call, marks, opened, meter)
         if recording is not None:
@@ -280,7 +304,7 @@ def _run(
         before = {
             name: (version_of(b), b if isinstance(b, Valueless) else b.detach().clone()) for name, b in buffers.items()
         }
-        attributes = {name: dict(module.get_submodule(name).__dict__) for name in opened}
+        attributes = {name: attributes_of(module.get_submodule(name)) for name in opened}
         stack.enter_context(intercepted(run, module))
         stack.enter_context(_Operations(run, fakes))
         if meter:
@@ -319,6 +343,7 @@ def _run(
             device=_home(module, inputs),
             on_example=fakes is None,
             ambient=ambient,
+            casts=run.casts,
         )
     if fakes is not None:
         undress(recording.values, fakes)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class Wire:
     dtype: torch.dtype
     gradient: bool
     parameter: str = ""
+    layout: torch.layout = torch.strided
 
     @property
     def size(self) -> int:
@@ -129,7 +130,7 @@ class _Router:
 
     def cut(self) -> Cut:
         self._refuse_empty_stages()
-        self._refuse_cuts_in_vmap()
+        self._refuse_gradients_through_cuts()
         groups: dict[int, list[Value]] = {}
         for value in self.values:
             if value.index in self.readers:
@@ -233,12 +234,13 @@ class _Router:
         return [s for s in self.values[index].states if s.stage <= max(stage, self.birth(index), 0)][-1]
 
     def _edges(self) -> tuple[Edge, ...]:
-        needed = self._reachable()
+        needed = reachable([self.values[i].tensor.grad_fn for i in self.results])
         wires: dict[tuple[int, int], list[Wire]] = {}
         for index, path in sorted(self.paths.items()):
             for source, target in itertools.pairwise(path):
                 tensor, gradient = self.values[index].tensor, self._returns_gradient(index, source, needed)
-                wire = Wire(index, tuple(tensor.shape), tensor.stride(), tensor.dtype, gradient)
+                shape, layout = tuple(tensor.shape), tensor.layout
+                wire = Wire(index, shape, tensor.stride(), tensor.dtype, gradient, layout=layout)
                 wires.setdefault((source, target), []).append(wire)
         return tuple(Edge(source, target, tuple(found)) for (source, target), found in sorted(wires.items()))
 
@@ -252,17 +254,6 @@ class _Router:
             return state.requires_grad
         is_written = any(stage > source for stage in self.writers.get(self.values[index].storage, ()))
         return is_written and state.base in reachable
-
-    def _reachable(self) -> set[Any]:
-        """The autograd nodes that a gradient of the model's output can reach."""
-        todo = [self.values[i].tensor.grad_fn for i in self.results]
-        seen: set[Any] = set()
-        while todo:
-            node = todo.pop()
-            if node is not None and node not in seen:
-                seen.add(node)
-                todo.extend(following for following, _ in node.next_functions)
-        return seen
 
     # ------------------------------------------------------------------ one stage
 
@@ -318,19 +309,27 @@ class _Router:
                     remedy="remove the cut, or move it",
                 )
 
-    def _refuse_cuts_in_vmap(self) -> None:
-        depth, before = 0, self.entries[0]
+    def _refuse_gradients_through_cuts(self) -> None:
+        """A gradient that the forward takes itself must not pass a value that another stage made."""
         for entry in self.entries:
-            if depth and entry.stage != before.stage:
-                raise CutError(
-                    f"the cut before stage {entry.stage} lies inside a call of torch.vmap",
-                    where=f"{self._label(entry.stage)}, after {before.title} at {before.source}",
-                    why="inside it a tensor stands for one of many, and cannot be handed on",
-                    remedy="cut before or after that call, or put it in a module that stays whole",
+            if entry.target is torch.autograd.grad:
+                outputs, inputs = (
+                    [self.values[leaf.index] for leaf in leaves(argument) if isinstance(leaf, Ref)]
+                    for argument in (*entry.args, *entry.kwargs.values())[:2]
                 )
-            name = entry.title
-            depth += (name == "_vmap_increment_nesting") - (name == "_vmap_decrement_nesting")
-            before = entry
+                goals = {node_of(value.tensor) for value in inputs}
+                for value in self.values:
+                    crosses = self.birth(value.index) < entry.stage and entry.stage in self.readers.get(value.index, ())
+                    node = value.states[0].node
+                    if not crosses or value in inputs or node is None or not goals & reachable([node]):
+                        continue
+                    if node in reachable([node_of(output.tensor) for output in outputs], goals):
+                        raise CutError(
+                            f"torch.autograd.grad in stage {entry.stage} goes back through what an earlier stage made",
+                            where=f"{entry.source}; through {self._label(entry.stage)}",
+                            why="the stage has the value, but not the computation behind it",
+                            remedy="move the cut before the first or after the last call whose gradient it takes",
+                        )
 
     def _refuse_silent_cuts(self, edges: tuple[Edge, ...]) -> None:
         for stage in range(1, self.stages):
@@ -359,9 +358,20 @@ class _Router:
             if len(stages) > 1:
                 raise CutError(
                     f"the buffer {name!r} is written in the forward and used by stages {sorted(stages)}",
+                    where=self._uses(name),
                     why="each stage would update a copy of its own, and they would drift apart",
                     remedy="cut so that all uses of the module that owns it lie in one stage",
                 )
+
+    def _uses(self, name: str) -> str:
+        """The first line in each stage that uses a buffer or parameter."""
+        own = {value.index for value in self.values if name and value.name == name}
+        first: dict[int, str] = {}
+        for entry in self.entries:
+            holds = any(name.startswith(module + ".") for module in entry.holds())
+            if holds or own & {*entry.reads(), *entry.makes()}:
+                first.setdefault(entry.stage, entry.source)
+        return "; ".join(f"stage {stage} at {source}" for stage, source in first.items())
 
     def _refuse_split_write(self, standing: list[Value], travellers: list[Value], written: list[int]) -> None:
         stages = sorted({s for v in standing for s in self.readers[v.index]} | set(written))
@@ -369,6 +379,7 @@ class _Router:
             name = standing[0].name or "a constant"
             raise CutError(
                 f"{name!r} is written in place by the trunk in stage {written[0]} and used by stages {stages}",
+                where=self._uses(standing[0].name),
                 why="it stands still with the stage that holds it, so the write would not be seen in the others",
                 remedy="cut so that these uses lie in one stage, or write into a copy (.clone())",
             )
@@ -381,6 +392,24 @@ class _Router:
             why="the values are views of one another, made by operations that cannot be repeated in another stage",
             remedy="write into a copy (.clone()) instead, or move the cut before the first of these operations",
         )
+
+
+def reachable(nodes: Iterable[Any], ends: Set[Any] = frozenset()) -> set[Any]:
+    """The autograd nodes that a gradient of these can reach without passing one of the ends."""
+    todo = list(nodes)
+    seen: set[Any] = set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if node not in ends:
+                todo.extend(following for following, _ in node.next_functions)
+    return seen
+
+
+def node_of(tensor: torch.Tensor) -> Any:
+    """The autograd node that a tensor's gradient goes to; None where it has none."""
+    return torch.autograd.graph.get_gradient_edge(tensor).node if tensor.requires_grad else None
 
 
 def refuse_fake_constants(values: Iterable[Value]) -> None:

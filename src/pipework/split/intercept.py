@@ -40,9 +40,28 @@ class Calls(Protocol):
         """The weights that autocast has cast were forgotten."""
         ...
 
+    def thread(self) -> None:
+        """A thread is to be started."""
+        ...
+
     def split(self) -> None:
         """`pipe_split()`."""
         ...
+
+
+def _noticed(tell: Callable[[Calls], None]) -> Callable[[Any], Any]:
+    """A stand-in that tells of the call before it makes it."""
+
+    def stand_in(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            mine = getattr(_thread, "calls", None)
+            if mine is not None:
+                tell(mine)
+            return original(*args, **kwargs)
+
+        return call
+
+    return stand_in
 
 
 @contextlib.contextmanager
@@ -84,22 +103,14 @@ def intercepted(calls: Calls, module: nn.Module) -> Iterator[None]:
 
         return generator
 
-    def clear_cache(original: Any) -> Any:
-        def clear() -> None:
-            mine = getattr(_thread, "calls", None)
-            if mine is not None:
-                mine.cache_cleared()
-            original()
-
-        return clear
-
     owners = {owner for m in module.modules() for owner in type(m).__mro__ if "__call__" in owner.__dict__}
     try:
         for owner in owners:
             patch(owner, "__call__", module_call)
         patch(torch.autograd.Function, "apply", autograd_apply)
         patch(checkpoint, CHECKPOINT_GENERATOR, checkpoint_generator)
-        patch(torch, "clear_autocast_cache", clear_cache)
+        patch(torch, "clear_autocast_cache", _noticed(lambda calls: calls.cache_cleared()))
+        patch(threading.Thread, "start", _noticed(lambda calls: calls.thread()))
         for name in VMAP_CALLS:
             patch(functorch_vmap, name, vmap_call)
         _thread.calls, before = calls, listen(calls.split)

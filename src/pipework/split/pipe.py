@@ -42,6 +42,7 @@ class Variant:
     on_example: bool
     changed_attributes: tuple[tuple[str, str, Any], ...]
     written_buffers: frozenset[str]
+    casts: bool
     ties: tuple[Tie, ...]
     guards: Guards | None
 
@@ -237,6 +238,7 @@ class Pipe(nn.Module):
             recording.on_example,
             recording.changed_attributes,
             recording.written_buffers,
+            recording.casts,
             tied,
             input_guards(recording),
         )

@@ -11,6 +11,8 @@ from torch import nn
 
 from pipework.errors import CaptureError
 from pipework.split.generators import unmoved
+from pipework.split.refusals import refuse_changed_modules
+from pipework.split.torch_private import children_of, parameters_of
 from pipework.split.trees import held, is_empty_object, leaves, remade
 
 _SIMPLE = (type(None), bool, int, float, str)
@@ -21,6 +23,7 @@ def unchanged(module: nn.Module) -> Iterator[None]:
     """Put back whatever a run of the model changes: attributes, buffers, random states."""
     saved = [(m, dict(m.__dict__), _containers(m)) for m in module.modules()]
     plain = [v for m in module.modules() for v in m.__dict__.values() if isinstance(v, torch.Tensor)]
+    gradients = [(p, p.grad) for p in module.parameters()]
     contents = [(t, t.detach().clone()) for t in (*module.buffers(), *plain) if not t.is_meta]
     gpus = {t.device.index for t in (*module.parameters(), *module.buffers()) if t.device.type == "cuda"}
     try:
@@ -33,6 +36,9 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             for container, content in containers:
                 container.clear()
                 container.extend(content) if isinstance(container, list) else container.update(content)
+        for parameter, gradient in gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
         with torch.no_grad():
             for tensor, content in contents:
                 if not torch.equal(tensor, content):  # batch_norm writes its statistics without a change of version
@@ -62,11 +68,21 @@ def simple_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if type(value) in _SIMPLE}
 
 
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """The module's attributes as they are now, with copies of its tables."""
+    return {key: v.copy() if isinstance(v, dict) else v for key, v in module.__dict__.items()}
+
+
 def changes(module: nn.Module, before: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[str, str, Any], ...]:
-    """The plain attributes that the trunk changed, as (module, name, value); a tensor among them is refused."""
+    """The plain attributes that the trunk changed, as (module, name, value); tensors and modules are refused."""
     found: list[tuple[str, str, Any]] = []
     for name, attributes in before.items():
-        now = module.get_submodule(name).__dict__
+        inner = module.get_submodule(name)
+        now = inner.__dict__
+        for table, old in ((children_of(inner), "_modules"), (parameters_of(inner), "_parameters")):
+            for key, member in attributes[old].items():
+                if table.get(key) is not member:
+                    refuse_changed_modules(name, key)
         for key, old in attributes.items():
             new = now.get(key, old)
             if isinstance(old, torch.Tensor) and new is not old:

@@ -21,6 +21,14 @@ from torch.overrides import TorchFunctionMode
 from pipework.errors import CaptureError
 from pipework.split.cost import Cost, Meter
 from pipework.split.filling import Filling, Holders
+from pipework.split.refusals import (
+    is_written,
+    module_called,
+    refuse_call,
+    refuse_nested,
+    refuse_parameter_write,
+    unknown_maker,
+)
 from pipework.split.torch_private import base_of, storage_of, version_of, without_function_mode
 from pipework.split.trees import Ref, held, leaves, map_leaves
 
@@ -224,19 +232,15 @@ class Tape(TorchFunctionMode):
         if index is None:
             origin, name = self.known.get(id(tensor), (Origin.CONSTANT, ""))
             if origin is Origin.CONSTANT and storage_of(tensor) in self.born:
-                self._refuse_leaked(tensor)
+                raise unknown_maker(tensor, self.here)
             index = self._new(tensor, None)
             self.values[index].origin, self.values[index].name = origin, name
         return index
 
-    @staticmethod
-    def _refuse_leaked(tensor: torch.Tensor) -> None:
-        raise CaptureError(
-            f"a tensor of shape {tuple(tensor.shape)} is used that came out of a module other than by its return",
-            where=user_line(),
-            why="a hook, an attribute or an object passed in carries it, which the stages cannot see",
-            remedy="return it from the module's forward, or cut so that maker and user lie in one whole module",
-        )
+    @property
+    def here(self) -> str:
+        """The open module whose forward runs, and the user's line."""
+        return f"{module_called(self.where.module)}, {user_line()}"
 
     def _refuse_carriers(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """No object may carry tensors past the stages that cannot be taken apart, since it holds itself."""
@@ -244,7 +248,7 @@ class Tape(TorchFunctionMode):
             if not isinstance(leaf, torch.Tensor) and any(storage_of(tensor) in self.born for tensor in held(leaf)):
                 raise CaptureError(
                     f"the module {name!r} is given an object of type {type(leaf).__name__} that carries activations",
-                    where=user_line(),
+                    where=self.here,
                     why="what a stage takes in and hands on are tensors; this object holds itself, so it has no end",
                     remedy="pass its tensors, or let the object hold no reference to itself",
                 )
@@ -321,6 +325,19 @@ class Tape(TorchFunctionMode):
     def _is_seen(self, leaf: Any) -> bool:
         return isinstance(leaf, torch.Tensor) and self.knows(leaf)
 
+    def _refuse(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        name = getattr(target, "__name__", "")
+        refuse_call(name, args, kwargs, self.here)
+        written = is_written(name, args, kwargs)
+        if written is None:
+            return
+        index = self._numbers.get(id(written))
+        sharing = [] if index is None else self._sharing[self.values[index].storage]
+        owners = [self.known.get(id(written)), *((v.origin, v.name) for v in sharing)]
+        for owner in owners:
+            if owner is not None and owner[0] is Origin.PARAMETER and name_of(target) != "grad":
+                refuse_parameter_write(owner[1], self.here)
+
     def record(self, target: Any, call: Callable[[], Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Make the call and write it down, unless it only stated a fact about a tensor."""
         given = {id(t): t for t in leaves((args, dict(kwargs))) if isinstance(t, torch.Tensor)}
@@ -328,11 +345,15 @@ class Tape(TorchFunctionMode):
         surroundings = Surroundings.now(self.device_types)
         self.drew, self.shaped_by_values, self.within = False, False, []
         closed = isinstance(target, ClosedModule)
+        if not closed:
+            self._refuse(target, args, kwargs)
         holders = Holders(args, kwargs, self.number) if closed else None
         self._cost()
         out = call()
         plain = "" if closed else getattr(target, "__name__", "")
         made = [leaf for leaf in leaves(out) if isinstance(leaf, torch.Tensor)]
+        for tensor in made:
+            refuse_nested(tensor, self.here)
         written = [t for key, t in given.items() if version_of(t) != before[key]]
         dynamic = self.shaped_by_values or any(self._is_dynamic(t) for t in given.values())
         readback = plain in READBACKS or (dynamic and not made and name_of(target) in SHAPES)
