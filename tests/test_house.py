@@ -226,6 +226,7 @@ def test_private_names_of_torch_exist() -> None:
         torch.UntypedStorage,
         torch.nn.Module(),
         torch.ops.aten.add.Tensor,
+        torch.ops.aten,
         torch,
         torch.utils.checkpoint,
     ]
