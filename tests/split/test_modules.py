@@ -33,6 +33,25 @@ def test_block_called_twice_in_a_stage() -> None:
     check(model, (numbers(grad=True),), want=2)
 
 
+def test_modules_passed_to_a_block_are_its_stages_too() -> None:
+    """One of a layer that another stage uses, as decoders do with an embedding, and one that nobody else has."""
+
+    class Decoder(nn.Module):
+        def forward(self, x: Tensor, table: nn.Module, heads: Any) -> Tensor:
+            return heads["two"](heads["one"][0](x)) @ table.weight.T
+
+    @trunk(table=nn.Embedding(6, 8), decoder=Decoder(), one=nn.ModuleList([linear()]), two=linear())
+    def model(self: nn.Module, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        pipe_split()
+        return self.decoder(x.tanh(), table=self.table, heads={"one": self.one, "two": self.two})
+
+    pipe = check(model, (torch.tensor([[0, 2, 5]]),), want=2)
+    assert dict(pipe.get_stage_module(1).named_parameters()).keys() == {
+        "table.weight", "one.0.weight", "one.0.bias", "two.weight", "two.bias"
+    }  # fmt: skip
+
+
 def test_block_called_in_two_stages() -> None:
     @trunk(shared=linear(), other=linear())
     def model(self: nn.Module, x: Tensor) -> Tensor:

@@ -298,7 +298,7 @@ def _run(
         inputs = map_leaves(lambda leaf: copies.setdefault(id(leaf), _own_copy(leaf)), inputs)
         kinds = _device_types(module)
         ambient = Surroundings.now(kinds)
-        tape = Tape(_known(module, inputs), kinds, meter)
+        tape = Tape(_known(module, inputs), names, kinds, meter)
         run = _Run(names, opened, marks, tape)
         buffers = dict(module.named_buffers())
         before = {

@@ -20,7 +20,7 @@ from pipework.split.cut import StagePart
 from pipework.split.draws import drawn
 from pipework.split.scope import Original, Template
 from pipework.split.tape import Checkpoint, ClosedModule, Draw, Entry, Origin, Surroundings, name_of
-from pipework.split.trees import Ref, children, counts, held, is_object, leaves, named_leaves
+from pipework.split.trees import ModuleRef, Ref, children, counts, held, is_object, leaves, named_leaves
 
 _LITERALS = (type(None), bool, int, str, bytes, type(Ellipsis), torch.dtype, torch.layout, torch.memory_format)
 
@@ -280,6 +280,8 @@ class _Writer:
     def _expression(self, tree: Any) -> str:
         if isinstance(tree, Ref):
             return self.names[tree.index]
+        if isinstance(tree, ModuleRef):
+            return path(tree.name)
         if isinstance(tree, _Local):
             return tree.name
         if isinstance(tree, torch.device):

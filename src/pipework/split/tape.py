@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pipework.errors import CaptureError
@@ -30,7 +31,7 @@ from pipework.split.refusals import (
     unknown_maker,
 )
 from pipework.split.torch_private import base_of, storage_of, version_of, without_function_mode
-from pipework.split.trees import Ref, held, leaves, map_leaves
+from pipework.split.trees import ModuleRef, Ref, held, leaves, map_leaves
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -142,7 +143,7 @@ class Entry:
     checkpoints: tuple[Checkpoint, ...]  # those that it lies in, outermost first
     readback: bool  # the result is a Python value read out of a tensor: a guard
     draw: Draw | None
-    modules: tuple[str, ...]  # called inside a custom autograd.Function
+    modules: tuple[str, ...]  # passed to it, or called inside a custom autograd.Function
     source: str  # file:line of the model's own code
     cost: Cost  # all zero where nobody asked
 
@@ -202,10 +203,14 @@ class Tape(TorchFunctionMode):
     """Records the calls made while it is active; closed calls are made through `close`."""
 
     def __init__(
-        self, known: Mapping[int, tuple[Origin, str]], device_types: Iterable[str], meter: Meter | None = None
+        self,
+        known: Mapping[int, tuple[Origin, str]],
+        modules: Mapping[int, str],
+        device_types: Iterable[str],
+        meter: Meter | None = None,
     ) -> None:
         super().__init__()
-        self.known, self.meter = known, meter
+        self.known, self.modules, self.meter = known, modules, meter
         self.device_types = tuple(device_types)
         self.entries: list[Entry] = []
         self.values: list[Value] = []
@@ -279,8 +284,15 @@ class Tape(TorchFunctionMode):
         return self.meter.read() if self.meter else Cost()
 
     def refs(self, tree: Any) -> Any:
-        """The tree with every tensor as its `Ref`."""
-        return map_leaves(lambda leaf: Ref(self.number(leaf)) if isinstance(leaf, torch.Tensor) else leaf, tree)
+        """The tree with every tensor as its `Ref`, and every module inside of the model as its `ModuleRef`."""
+
+        def ref(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor):
+                return Ref(self.number(leaf))
+            name = self.modules.get(id(leaf)) if isinstance(leaf, nn.Module) else None
+            return ModuleRef(name) if name else leaf
+
+        return map_leaves(ref, tree)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -360,6 +372,7 @@ class Tape(TorchFunctionMode):
         if not (closed or made or written or readback or plain in EFFECTS) or plain == "_set_grad_enabled":
             return out
         reference = holders.reference(self.refs) if holders else self.refs((args, dict(kwargs)))
+        given_modules = [leaf.name for leaf in leaves(reference) if isinstance(leaf, ModuleRef)]
         index = len(self.entries)
         writes = frozenset(self.number(t) for t in written)
         for storage in {self.values[write].storage for write in writes}:
@@ -384,7 +397,7 @@ class Tape(TorchFunctionMode):
             checkpoints=tuple(self.checkpoints),
             readback=readback,
             draw=draw,
-            modules=tuple(dict.fromkeys(self.within)),
+            modules=tuple(dict.fromkeys([*self.within, *given_modules])),
             source=user_line(),
             cost=self._cost(),
         )

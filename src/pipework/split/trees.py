@@ -32,7 +32,16 @@ class Ref:
         self.index = index
 
 
-_WHOLE = (torch.Tensor, Ref, nn.Module, type, FunctionType, MethodType, ModuleType)
+class ModuleRef:
+    """Stands for a module of the model, by its FQN."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+_WHOLE = (torch.Tensor, Ref, nn.Module, ModuleRef, type, FunctionType, MethodType, ModuleType)
 
 
 def children(node: Any) -> Parts | None:
