@@ -189,7 +189,10 @@ def runnable(entry: Entry) -> Runnable:
 
 
 def _sound(model: nn.Module) -> nn.Module:
-    """Parameters that the library leaves uninitialised get values."""
+    """Parameters that the library leaves uninitialised get values; where it skips layers at random, it does not."""
+    for module in model.modules():
+        if isinstance(getattr(module, "layerdrop", None), float):  # not all take it from the config
+            module.layerdrop = 0.0
     with torch.no_grad():
         for parameter in model.parameters():
             if (
