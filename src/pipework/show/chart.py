@@ -6,31 +6,46 @@ the row a curve of the activations that the rank keeps alive:
     rank 0   | 0F0 | 0F1 | 0F2 |           |    0B0    | ...
     peak 3   _______-----===============================-----
 
-The SVG counts in whole tenths of a pixel, so bars that touch in time touch exactly, and none overlap.
+The SVG counts time in whole grains and height in pixels, so bars that touch in time touch exactly, and none overlap.
+All bars of one stage and kind that need the same are one path. What the page says about the bar under the pointer, its
+script reads off that path and its attributes, so that charts with many bars stay small.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from statistics import median_low
-from typing import final
+from typing import NamedTuple, final
 
-from pipework.plan import Span, Timeline, needs
+from pipework.plan import Action, Kind, Span, Timeline, needs
 from pipework.plan.figures import Unit, memory_text, peaks_text
 
 # Pixels.
 WINDOW = 1200  # what a usual window shows at once
+WHOLE = 3 * WINDOW  # charts wider than this open as a whole, fitted to the window
 _AXIS = 20  # above and below the rows
 _GAP = 2  # between a row and its memory curve
 _MEMORY = 12  # the height of the curve
 _BELOW = 8  # between a curve and the next row
 _GLYPH = 7.3  # no digit and no letter of a label is wider
 _MARGIN = 3  # left and right of a label
+_ROUNDING = 0.1  # less than this does not keep a label out of its bar
 _TICK = 80  # the least distance of two ticks
+
+_DIGITS = 7  # of a number that browsers, which draw in single precision, surely tell from the next
+
+
+class _Bar(NamedTuple):
+    """A span, and where in its row it is drawn from above, in pixels."""
+
+    span: Span
+    top: int
+    height: int
 
 
 @final
@@ -38,8 +53,8 @@ _TICK = 80  # the least distance of two ticks
 class Chart:
     """A timeline drawn from its `start` in `width` pixels, which it need not fill.
 
-    `scale` is in pixels per second (per count). Memory curves reach their full height at `memory`, in the unit of
-    the timeline's `costs.activation`.
+    `scale` is in pixels per second (per count), `grain` in seconds (counts). Memory curves reach their full height at
+    `memory`, in the unit of the timeline's `costs.activation`.
     """
 
     name: str
@@ -47,6 +62,7 @@ class Chart:
     start: float
     unit: Unit
     scale: float
+    grain: float
     width: float
     memory: float
 
@@ -60,7 +76,7 @@ class Chart:
             schedule=escape(schedule.describe()),
             figures=self._figures(),
             unit=self.unit.symbol,
-            per_second=f"{self.unit.per_second:g}",
+            grain=f"{self.grain * self.unit.per_second:g}",
             row=self._bar,
             pitch=self._pitch,
             ranks="".join(self._rank(rank) for rank in ranks),
@@ -68,11 +84,13 @@ class Chart:
             height=height,
             ticks=self._ticks("full", self.scale) + self._ticks("fit", self.scale * min(1, WINDOW / self.width)),
             label=escape(f"{self.name}: {schedule.describe()}, {self._summary()}"),
-            view=f"0 0 {round(self.width * 10)} {height * 10}",
+            view=f"0 0 {self.width / self.scale / self.grain:.9g} {height}",
             rows="\n".join(self._row(rank) for rank in ranks),
             backdrop="\n".join(self._backdrop(rank) for rank in ranks),
             links="".join(self._links()),
             outlines="".join(self._outlines()),
+            # A chart that opens as a whole hides its labels; once they are wanted, the script writes those in sight.
+            labels="\n".join(self._labels(rank) for rank in ranks) if self.width <= WHOLE else "",
         )
 
     @property
@@ -86,10 +104,10 @@ class Chart:
         return self._bar + _GAP + _MEMORY + _BELOW
 
     def _x(self, time: float) -> int:
-        return round((time - self.start) * self.scale * 10)
+        return round((time - self.start) / self.grain)
 
     def _top(self, rank: int) -> int:
-        return 10 * (_AXIS + rank * self._pitch)
+        return _AXIS + rank * self._pitch
 
     def _summary(self) -> str:
         return f"makespan {self.unit.text(self.timeline.makespan)}, bubble {_percent(self.timeline.bubble)}"
@@ -124,64 +142,77 @@ class Chart:
         end = self._x(self.start + self.timeline.makespan)
         return (
             f'<g transform="translate(0 {self._top(rank)})">'
-            f'<rect class="idle" width="{end}" height="{self._bar * 10}"/>'
+            f'<rect class="idle" width="{end}" height="{self._bar}"/>'
             f'<path class="alive" d="{self._alive(rank, end)}"/></g>'
         )
 
     def _row(self, rank: int) -> str:
-        at_once = list(self.timeline.at_once(rank))
-        bars = (self._rectangle(span, *self._lane(spans, span)) for spans in at_once for span in spans)
-        labels = (self._label(span, *self._lane(spans, span)) for spans in at_once for span in spans)
-        return (
-            f'<g data-rank="{rank}" transform="translate(0 {self._top(rank)})">{"".join(bars)}'
-            f'<g class="labels" transform="translate(0 {self._bar * 5 + 40})">{"".join(labels)}</g></g>'
+        alike = defaultdict[tuple[int, Kind, str], list[_Bar]](list)
+        for bar in self._bars(rank):
+            action = bar.span.action
+            alike[action.stage, action.kind, self._needs(action)].append(bar)
+        held = self.timeline.schedule.layout.held_by(rank)
+        paths = (
+            f'<path class="{kind.value} s{held.index(stage)}" data-stage="{stage}" data-needs="{needed}"'
+            f' data-microbatches="{_microbatches(bars)}" d="{self._path(bars)}"/>'
+            for (stage, kind, needed), bars in alike.items()
         )
+        return f'<g data-rank="{rank}" transform="translate(0 {self._top(rank)})">{"".join(paths)}</g>'
 
-    def _lane(self, spans: tuple[Span, ...], span: Span) -> tuple[int, int]:
-        """Where in its row a span begins from above, and how high it is, in tenths of a pixel."""
-        height = self._bar * 10 // len(spans)
-        return spans.index(span) * height, height
+    def _bars(self, rank: int) -> Iterator[_Bar]:
+        for spans in self.timeline.at_once(rank):
+            height = self._bar // len(spans)
+            yield from (_Bar(span, place * height, height) for place, span in enumerate(spans))
 
-    def _rectangle(self, span: Span, y: int, height: int) -> str:
-        schedule, action = self.timeline.schedule, span.action
-        shade = schedule.layout.held_by(span.rank).index(action.stage)
-        x = self._x(span.start)
-        needed = " ".join(map(str, needs(action, schedule)))
-        return (
-            f'<rect class="{action.kind.value} s{shade}" x="{x}"{_y(y)} width="{self._x(span.end) - x}"'
-            f' height="{height}" data-action="{action}"'
-            f' data-time="{span.start - self.start:.9g} {span.end - self.start:.9g}" data-needs="{needed}"/>'
-        )
+    def _needs(self, action: Action) -> str:
+        """What the action needs, with microbatches counted from its own: `1F0 2B0` for 2B5."""
+        needed = needs(action, self.timeline.schedule)
+        return " ".join(f"{need.stage}{need.kind.value}{need.microbatch - action.microbatch}" for need in needed)
 
-    def _label(self, span: Span, y: int, height: int) -> str:
+    def _path(self, bars: Iterable[_Bar]) -> str:
+        """A box for every bar, each from where the one before began."""
+        path, x, y = list[str](), 0, 0
+        for span, top, height in bars:
+            start, end = self._x(span.start), self._x(span.end)
+            path.append(f"m{start - x} {top - y}h{end - start}v{height}h{start - end}z")
+            x, y = start, top
+        return "".join(path)
+
+    def _labels(self, rank: int) -> str:
+        labels = "".join(self._label(*bar) for bar in self._bars(rank))
+        return f'<g transform="translate(0 {self._top(rank) + self._bar // 2 + 4})">{labels}</g>'
+
+    def _label(self, span: Span, top: int, height: int) -> str:
         """The microbatch in a bar that has room for it; the whole action where a rank holds several stages."""
-        x, end = self._x(span.start), self._x(span.end)
+        x, room = (span.start - self.start) * self.scale, (span.end - span.start) * self.scale
         several = len(self.timeline.schedule.layout.held_by(span.rank)) > 1
         for label in (*([str(span.action)] if several else []), str(span.action.microbatch)):
-            if label_width(label) * 10 <= end - x:
-                return f'<text x="{(x + end) // 2}"{_y(y + height // 2 - self._bar * 5)}>{label}</text>'
+            if label_width(label) < room + _ROUNDING:
+                middle = top + height // 2 - self._bar // 2
+                y = f' y="{middle}"' if middle else ""
+                return f'<text x="{x + room / 2:.1f}"{y}>{label}</text>'
         return ""
 
     def _alive(self, rank: int, end: int) -> str:
         """A step curve of the activations alive, growing upwards from its base line."""
-        base = 10 * (self._bar + _GAP + _MEMORY)
+        base = self._bar + _GAP + _MEMORY
         path = f"M0 {base}"
-        for time, alive in self.timeline.memory(rank):
-            path += f"H{self._x(time)}V{base - round(10 * _MEMORY * alive / self.memory)}"
+        for time, alive in dict(self.timeline.memory(rank)).items():  # of several changes at once, the last
+            path += f"H{self._x(time)}V{round(base - _MEMORY * alive / self.memory, 1):g}"
         return f"{path}H{end}V{base}Z"
 
     def _outlines(self) -> Iterator[str]:
         """A box around every span on the critical path."""
         for span in self.timeline.critical_path():
             x, end, top = self._x(span.start), self._x(span.end), self._top(span.rank)
-            yield f"M{x + 8} {top + 8}H{end - 8}V{top + self._bar * 10 - 8}H{x + 8}Z"
+            yield f"M{x} {top + 1}H{end}V{top + self._bar - 1}H{x}Z"
 
     def _links(self) -> Iterator[str]:
         """A line for every step of the critical path from one rank to another."""
         path = self.timeline.critical_path()
         for one, other in pairwise(path):
             if one.rank != other.rank:
-                top, end = self._top(one.rank) + self._bar * 5, self._top(other.rank) + self._bar * 5
+                top, end = self._top(one.rank) + self._bar // 2, self._top(other.rank) + self._bar // 2
                 yield f"M{self._x(one.end)} {top}L{self._x(other.start)} {end}"
 
 
@@ -192,6 +223,22 @@ def roomy_scale(timeline: Timeline) -> float:
     several = layout.stages > layout.ranks
     longest = max((str(span.action) if several else str(span.action.microbatch) for span in timeline.spans), key=len)
     return label_width(longest) / median_low(durations)
+
+
+def grain(timeline: Timeline) -> float:
+    """A round time, in seconds (counts), of which all times since the timeline's start are whole multiples.
+
+    If there is none, or only too fine a one, the finest in which a browser can count to the makespan.
+    """
+    first = math.ceil(math.log10(timeline.makespan))
+    times = {time - timeline.start for rows in (timeline.starts, timeline.ends) for row in rows for time in row}
+    finest = 10.0 ** (first - _DIGITS)
+    candidates = (10.0**power / part for power in range(first, first - _DIGITS, -1) for part in (1, 2, 4))
+    return next((each for each in candidates if all(_is_whole(time / each) for time in times)), finest)
+
+
+def _is_whole(number: float) -> bool:
+    return abs(number - round(number)) < 1e-6  # times are sums of floats
 
 
 def label_width(label: str) -> float:
@@ -205,9 +252,14 @@ def _round_up(least: float) -> float:
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least * (1 - 1e-9))
 
 
-def _y(y: int) -> str:
-    """The attribute, unless it is 0 as by default: charts have many bars."""
-    return f' y="{y}"' if y else ""
+def _microbatches(bars: Iterable[_Bar]) -> str:
+    """The bars' microbatches in order, `0-3 6` for 0 1 2 3 6."""
+    runs: list[tuple[int, int]] = []
+    for bar in bars:
+        number = bar.span.action.microbatch
+        first = runs.pop()[0] if runs and runs[-1][1] == number - 1 else number
+        runs.append((first, number))
+    return " ".join(f"{first}-{last}" if first < last else str(first) for first, last in runs)
 
 
 def _percent(share: float) -> str:
@@ -219,7 +271,7 @@ def _tick(amount: float, step: float) -> str:
 
 
 _SECTION = """\
-<section data-unit="{unit}" data-per-second="{per_second}" style="--row:{row}px;--pitch:{pitch}px">
+<section data-unit="{unit}" data-grain="{grain}" style="--row:{row}px;--pitch:{pitch}px">
 <h2>{name} <small>{schedule}</small></h2>
 <dl>{figures}</dl>
 <div class="scroll" tabindex="0" role="region" aria-label="{name}, scrolls sideways">
@@ -232,6 +284,7 @@ _SECTION = """\
 {rows}
 <path class="critical" d="{outlines}"/>
 </svg>
+<svg class="labels" aria-hidden="true">{labels}</svg>
 </div>
 </div>
 </section>"""
