@@ -58,23 +58,23 @@ def raised(call: Any) -> Exception | None:
     return None
 
 
-def failing_stage(group: Any, rank: int) -> tuple[str, str, bool]:
+def failing_stage(group: Any, rank: int) -> tuple[str, str, bool, str]:
     """The last rank's stage raises in the second step; a new runner then works as if nothing had been."""
     broken = runner(group)
     broken.step(torch.ones(8, 4), target=torch.zeros(8, 2))
     error = raised(lambda: broken.step(torch.full((8, 4), 1e9), target=torch.zeros(8, 2)))
     again = raised(lambda: broken.step(torch.ones(8, 4), target=torch.zeros(8, 2)))
     loss = runner(group).step(torch.ones(8, 4), target=torch.zeros(8, 2))
-    return type(error).__name__, type(again).__name__, bool(torch.isfinite(loss))
+    return type(error).__name__, type(again).__name__, bool(torch.isfinite(loss)), str(error)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_stage_that_raises_ends_the_step_on_every_rank(gloo_pool: GlooPool, ranks: int) -> None:
     found = gloo_pool.run(failing_stage, ranks=ranks)
-    *others, (last, _, _) = found
+    *others, (last, *_) = found
     assert last == "ValueError"
-    assert {first for first, _, _ in others} == {TransportError.__name__}
-    assert all(again == TransportError.__name__ and works for _, again, works in found)
+    assert {first for first, *_ in others} == {TransportError.__name__}, found
+    assert all(again == TransportError.__name__ and works for _, again, works, _ in found)
 
 
 def other_inputs(group: Any, rank: int, size: int) -> str:

@@ -52,7 +52,6 @@ class Layouts:
         if self.settled:
             return receive(self._wires)
         (description,) = receive([self._description])()
-        assert description is not None
         wires = self._heard(description.tolist())
         arrival = receive([wire for wire in wires if wire is not None])
 

@@ -41,6 +41,10 @@ class Evaluation:
     output: Any
 
 
+# What Gloo says of a connection whose other end is gone: cleanly, or with messages that nobody read.
+_LOST = ("Connection closed", "Socket closed", "Connection reset", "Broken pipe")
+
+
 @final
 class Runner:
     """Runs a pipe by a schedule, on threads of this process or on the processes of a group.
@@ -246,7 +250,7 @@ class Runner:
         except Exception as error:
             self._ends[0].fail(error)
             lost = str(error)
-            if "Connection closed" not in lost and "Socket closed" not in lost:
+            if not any(said in lost for said in _LOST):
                 raise
         # Raised out here, since the first error's traceback holds the transfers under way, and they the connections.
         raise TransportError(

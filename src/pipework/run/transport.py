@@ -24,7 +24,7 @@ Wait = Callable[[], None]
 Tensors = Sequence[torch.Tensor | None]
 """What a message holds; None is a gradient that was never made."""
 
-Arrival = Callable[[], Tensors]
+Arrival = Callable[[], Sequence[Any]]
 Way = tuple[int, int, int]  # from rank, to rank, channel
 
 
