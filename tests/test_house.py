@@ -225,6 +225,7 @@ def test_private_names_of_torch_exist() -> None:
         torch.Tensor,
         torch.UntypedStorage,
         torch.nn.Module(),
+        torch.ops.aten,
         torch.ops.aten.add.Tensor,
         torch.ops.aten,
         torch,
