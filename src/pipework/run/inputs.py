@@ -115,7 +115,7 @@ class Inputs:
 
         `first` says that no call was made before, so that all ranks will still agree on a plan.
         """
-        in_threads = len(ends) == ends[0].ranks
+        in_threads = ends[0].in_one_process
         arguments = self._pipe.bind(args, kwargs) if in_threads else self._gathered(args, kwargs, ends[0])
         with refusing(ends[0], not in_threads and (first or not self.everyone_has_all)):
             _refuse_unfinished(arguments)

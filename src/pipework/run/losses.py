@@ -136,7 +136,7 @@ class Losses:
     def total(self, ends: Sequence[Transport], last: int) -> torch.Tensor | None:
         """The step's loss on every rank: the sum over microbatches, divided as their backwards were."""
         known = [value for value in self._values if value is not None]
-        if len(ends) == ends[0].ranks:
+        if ends[0].in_one_process:
             return _total(torch.stack(known), self._divisor) if known else None
         message = torch.zeros(len(self._values) + 1, dtype=torch.float64, device=_device(ends[0], known))
         if known:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, final
 from weakref import WeakKeyDictionary
 
@@ -62,11 +63,13 @@ class ProcessTransport(Transport):
         laid = [_laid(tensor, wire) for tensor, wire in zip(tensors, wires, strict=True) if tensor is not None]
         assert len(laid) == len(wires)
         spans = [span for span in map(_span, laid) if span.numel()]
-        works = [self._lane(channel % 2).send([span], to, channel) for span in spans]
+        with self._connected():
+            works = [self._lane(channel % 2).send([span], to, channel) for span in spans]
 
         def wait() -> None:
-            for work in works:
-                work.wait()
+            with self._connected():
+                for work in works:
+                    work.wait()
             spans.clear()  # until here the memory must stay
 
         return wait
@@ -75,11 +78,13 @@ class ProcessTransport(Transport):
     def receive(self, wires: Sequence[Wire], source: int, channel: int, device: torch.device) -> Arrival:
         tensors = [_empty(wire, device) for wire in wires]
         spans = [span for span in map(_span, tensors) if span.numel()]
-        works = [self._lane(channel % 2).recv([span], source, channel) for span in spans]
+        with self._connected():
+            works = [self._lane(channel % 2).recv([span], source, channel) for span in spans]
 
         def wait() -> list[torch.Tensor]:
-            for work in works:
-                work.wait()
+            with self._connected():
+                for work in works:
+                    work.wait()
             return tensors
 
         return wait
@@ -87,7 +92,8 @@ class ProcessTransport(Transport):
     @override
     def exchange(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.ranks
-        dist.all_gather_object(found, value, self._group)
+        with self._connected():
+            dist.all_gather_object(found, value, self._group)
         return found
 
     @override
@@ -95,7 +101,8 @@ class ProcessTransport(Transport):
         if not self._is_gloo:
             return None  # it would make the host wait for the GPU
         found = [torch.empty(1, dtype=torch.int64) for _ in range(self.ranks)]
-        self._lane(0).allgather([found], [torch.tensor([number])]).wait()
+        with self._connected():
+            self._lane(0).allgather([found], [torch.tensor([number])]).wait()
         return [int(one) for one in found]
 
     @override
@@ -116,8 +123,22 @@ class ProcessTransport(Transport):
     def share(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         options = dist.BroadcastOptions()
         options.rootRank = source
-        self._lane(0).broadcast([tensor], options).wait()
+        with self._connected():
+            self._lane(0).broadcast([tensor], options).wait()
         return tensor
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Whatever torch raises of a transfer in the block becomes a `TransportError`; its words differ by the moment."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise TransportError(
+                "the connection to another rank was lost",
+                where=f"rank {self.rank}",
+                why=f"that rank has failed, ended or hangs, and its own error says more ({error})",
+                remedy="make a new runner on every rank once the cause is mended",
+            ) from error
 
 
 def _span(tensor: torch.Tensor) -> torch.Tensor:

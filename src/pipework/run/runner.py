@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,6 @@ class Evaluation:
 
 
 # What Gloo says of a connection whose other end is gone: cleanly, or with messages that nobody read.
-_LOST = ("Connection closed", "Socket closed", "Connection reset", "Broken pipe")
 
 
 @final
@@ -247,18 +247,13 @@ class Runner:
         try:
             executor.run(feed)
             return
+        except TransportError as error:
+            self._ends[0].fail(error)
+            lost = copy.copy(error)
         except Exception as error:
             self._ends[0].fail(error)
-            lost = str(error)
-            if not any(said in lost for said in _LOST):
-                raise
-        # Raised out here, since the first error's traceback holds the transfers under way, and they the connections.
-        raise TransportError(
-            "the connection to another rank was lost",
-            where=f"rank {executor.rank}",
-            why=f"that rank has failed or ended, and its own error says more ({lost})",
-            remedy="make a new runner on every rank once the cause is mended",
-        )
+            raise
+        raise lost  # without the traceback, which holds the transfers under way, and they the connections
 
     def _drawing_modules(self, made: Plan) -> dict[str, nn.Module]:
         if not any(variant.drawing for variant in made.variants):
