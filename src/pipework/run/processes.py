@@ -129,7 +129,7 @@ class ProcessTransport(Transport):
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[None]:
-        """Whatever torch raises of a transfer in the block becomes a `TransportError`; its words differ by the moment."""
+        """Whatever torch raises of a transfer in the block becomes a `TransportError`; its words differ by moment."""
         try:
             yield
         except RuntimeError as error:
