@@ -22,8 +22,14 @@ STEPS = 3
 
 
 def loss_of(output: Any, target: Any = None) -> torch.Tensor:
-    """A loss that reads every differentiable tensor of the output, each element with its own weight."""
-    found = [t for t in dict.fromkeys(tensors(output)) if t.requires_grad]
+    """A loss that reads every differentiable tensor of the output, each element with its own weight.
+
+    Equal ones are read once: what is one tensor in the uncut model may be two when it has come from another stage.
+    """
+    found: list[torch.Tensor] = []
+    for tensor in tensors(output):
+        if tensor.requires_grad and not any(torch.equal(tensor, other) for other in found):
+            found.append(tensor)
     generator = torch.Generator().manual_seed(7)
     parts = [(t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() / max(1, t.numel()) for t in found]
     return torch.stack([p.float() for p in parts]).sum()
