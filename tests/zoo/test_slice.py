@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from tests.zoo.catalogue import catalogue
+from tests.zoo.catalogue import Entry
 from tests.zoo.trial import tried
 
 MODELS = [
@@ -31,11 +31,10 @@ MODELS = [
     "WhisperForConditionalGeneration",
     "YolosForObjectDetection",
 ]
-ENTRIES = {entry.name: entry for entry in catalogue()}
 
 
 @pytest.mark.filterwarnings("ignore")  # the library's own
 @pytest.mark.parametrize("name", MODELS)
 def test_model(name: str) -> None:
-    *_, result = tried(ENTRIES[name])
+    *_, result = tried(Entry(name, kind="", model_type=""))
     assert (result.own, result.pipe, result.train) == ("right", "right", "right"), result.line()
