@@ -38,7 +38,7 @@ def _origin(results: Sequence[Result]) -> str:
     if len(states) == 1:
         return f"All of it is from one state: {next(iter(states))}."
     parts = "; ".join(f"{count} classes on {state}" for state, count in states.most_common())
-    return f"It is put together from runs of several states: {parts}."
+    return f"It is put together from runs of several states:\n{parts}."
 
 
 def table(results: Sequence[Result]) -> str:
@@ -59,7 +59,10 @@ def summary(results: Sequence[Result]) -> str:
     passing = sum(r.runs and r.passes for r in results)
     refused = sum(r.runs and "refused" in (r.pipe, r.train) for r in results)
     wrong = run - passing - refused
-    return f"{passing} of {run} models pass, {refused} refused with a reason, {wrong} wrong ({tried} classes tried)"
+    return (
+        f"{passing} of {run} models pass, {refused} refused with a reason, {wrong} wrong or not done in time "
+        f"({tried} classes tried)"
+    )
 
 
 def _counted(results: Sequence[Result]) -> tuple[int, int, int, int]:
