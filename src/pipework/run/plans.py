@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipework.errors import InputError, MismatchError, ScheduleError
 from pipework.plan import Program, Schedule, check, forward_only, lower
@@ -26,6 +27,8 @@ class Plan:
     schedule: Schedule
     variants: tuple[Variant, ...]  # by microbatch
     executors: tuple[Executor, ...]
+    drawing: Mapping[str, Collection[str]]  # the modules that draw random numbers, and those that each of them calls
+    modules: Mapping[str, nn.Module]  # at hand, by FQN; none where nothing draws
     number: int  # tells it from other plans, the same on every rank
 
 
@@ -52,7 +55,10 @@ def plan(pipe: Pipe, schedule: Schedule, variants: Sequence[Variant], trains: bo
         for end in ends
     )
     number = int(hashlib.sha256(f"{fingerprint(variants)} {trains}".encode()).hexdigest()[:15], 16)
-    return Plan(schedule, tuple(variants), executors, number)
+    drawing = {name: called for variant in dict.fromkeys(variants) for name, called in variant.drawing.items()}
+    stages = [run.stage for executor in executors for run in executor.runs] if drawing else []
+    modules = {name: module for stage in stages for name, module in stage.named_modules()}
+    return Plan(schedule, tuple(variants), executors, drawing, modules, number)
 
 
 def refuse_unplayable(schedule: Schedule) -> None:

@@ -180,9 +180,7 @@ class Runner:
         spans: list[Span] | None = [] if self._record else None
         draw = DrawKey(self.seed, self.steps, 0)
         feed = Feed(batch.inputs, losses.finish, draw, spans)
-        modules = self._drawing_modules(made)
-        drawing = {name: called for v in dict.fromkeys(made.variants) for name, called in v.drawing.items()}
-        with streams(modules, drawing):
+        with streams(made.modules, made.drawing):
             self._run(made, feed)
         batch.return_gradients()
         total = losses.total(self._ends, made.schedule.layout.rank_of[-1])
@@ -254,16 +252,6 @@ class Runner:
             self._ends[0].fail(error)
             raise
         raise lost  # without the traceback, which holds the transfers under way, and they the connections
-
-    def _drawing_modules(self, made: Plan) -> dict[str, nn.Module]:
-        if not any(variant.drawing for variant in made.variants):
-            return {}
-        return {
-            name: module
-            for executor in made.executors
-            for run in executor.runs
-            for name, module in run.stage.named_modules()
-        }
 
     def exchange(self, value: Any) -> list[Any]:
         """Every process's value, by rank; the one value of this process where ranks are threads. All ranks call it."""
