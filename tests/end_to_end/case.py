@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +28,17 @@ class Case:
 
 def squared(output: Any, target: Tensor) -> Tensor:
     return F.mse_loss(output, target)
+
+
+def crossed(output: Tensor, target: Tensor) -> Tensor:
+    """The loss of a language model."""
+    return F.cross_entropy(output.flatten(0, 1), target.flatten())
+
+
+def token_batch(rows: int, length: int, vocabulary: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random tokens, and others as their target."""
+    tokens = torch.randint(vocabulary, (2, rows, length), generator=torch.Generator().manual_seed(seed))
+    return tokens[0], tokens[1]
 
 
 def plain(model: nn.Module, rows: int, **kwargs: Any) -> Case:

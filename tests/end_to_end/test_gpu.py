@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import pipework
 from examples.gpt import GPT, Config
 from pipework.plan import Schedule
+from tests.end_to_end.case import crossed, token_batch
 from tests.families import PER_RANK
 from tests.run.pipes import equal, gradients
 from tests.run.test_backward import halves_of
@@ -25,14 +25,9 @@ one_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
-def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), target.flatten())
-
-
 def batch(device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, 256, (2, 8, 64), generator=generator)
-    return tokens[0].to(device), tokens[1].to(device)
+    inputs, target = token_batch(rows=8, length=64, vocabulary=256, seed=1)
+    return inputs.to(device), target.to(device)
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +47,7 @@ def test_threads_on_one_gpu_equal_the_unsplit_model(family: str) -> None:
         GPT(Config()).cuda(),
         (inputs,),
         target=target,
-        loss=loss,
+        loss=crossed,
         stages=2 * PER_RANK[family],
         schedule=family,
         microbatches=MICROBATCHES,
@@ -93,7 +88,7 @@ def test_a_backward_in_halves_has_the_bits_of_one_in_one_piece(
 
 def reference(model: torch.nn.Module, inputs: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor | None]:
     for x, y in zip(inputs.chunk(MICROBATCHES), target.chunk(MICROBATCHES), strict=True):
-        (loss(model(x), y) / MICROBATCHES).backward()
+        (crossed(model(x), y) / MICROBATCHES).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -109,7 +104,7 @@ def test_threads_with_a_gpu_each_equal_the_unsplit_model_and_take_inputs_from_an
     pipe = pipework.pipeline(model, (inputs[:2],), stages=2)
     for index in range(2):
         pipe.get_stage_module(index).to(f"cuda:{index}")
-    runner = pipework.Runner(pipe, schedule(pipe), loss=loss)
+    runner = pipework.Runner(pipe, schedule(pipe), loss=crossed)
     runner.step(inputs, target=target)
     for name, parameter in runner.named_parameters():
         found, wanted = parameter.grad, expected[name]
@@ -133,7 +128,7 @@ def over_nccl(rank: int, store: str) -> None:
             GPT(Config()).cuda(),
             (inputs,),
             target=target,
-            loss=loss,
+            loss=crossed,
             stages=2 * per_rank,
             schedule=family,
             microbatches=MICROBATCHES,

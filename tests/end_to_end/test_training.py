@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import pipework
 from pipework import Runner
-from tests.end_to_end.case import squared
+from tests.end_to_end.case import crossed, squared
 from tests.end_to_end.cases import CASES
 from tests.gloo import GlooPool
 from tests.models import WIDTH, linear, numbers, trunk
@@ -41,10 +41,6 @@ def language_model() -> nn.Module:
         return self.head(h)
 
     return model
-
-
-def crossed(output: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output.flatten(0, 1), target.flatten())
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:

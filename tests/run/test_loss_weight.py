@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import pipework
 from pipework import InputError, Runner
+from tests.end_to_end.case import crossed
 from tests.gloo import GlooPool
 from tests.models import WIDTH, linear, numbers, trunk
 from tests.run.pipes import equal, gradients, runner_of, sequence
@@ -29,10 +30,6 @@ def labelled(*counts: int) -> Tensor:
     for row, count in zip(labels, counts, strict=True):
         row[:count] = torch.arange(count) % WIDTH
     return labels.view(ROWS, LENGTH)
-
-
-def crossed(output: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output.flatten(0, 1), target.flatten())
 
 
 def valid(target: Tensor) -> Tensor:

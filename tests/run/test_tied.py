@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pipework
 from pipework import SplitPoint
 from pipework.verify import Report
+from tests.end_to_end.case import crossed, token_batch
 from tests.families import PER_RANK
 from tests.gloo import GlooPool
 
@@ -56,14 +56,8 @@ class Recurrent(nn.Module):
         return self.head(x)
 
 
-def loss(logits: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), target.flatten())
-
-
 def batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(0, 50, (2, 16, 6), generator=generator)
-    return tokens[0], tokens[1]
+    return token_batch(rows=16, length=6, vocabulary=50, seed=3)
 
 
 SPLITS: dict[str, Any] = {
@@ -78,7 +72,7 @@ def report(model: nn.Module, split: Any, family: str, ranks: int, group: Any = N
         model,
         (inputs,),
         target=target,
-        loss=loss,
+        loss=crossed,
         split_spec=split,
         schedule=family,
         ranks=ranks,
@@ -119,7 +113,7 @@ def trained(runner: pipework.Runner, model: nn.Module) -> bool:
     for _ in range(3):
         runner.step(inputs, target=target)
         for x, y in zip(inputs.chunk(MICROBATCHES), target.chunk(MICROBATCHES), strict=True):
-            (loss(model(x), y) / MICROBATCHES).backward()
+            (crossed(model(x), y) / MICROBATCHES).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         if not torch.equal(runner.clip_grad_norm_(0.1), norm):
             return False
@@ -133,7 +127,7 @@ def trained(runner: pipework.Runner, model: nn.Module) -> bool:
 def runner_for(model: nn.Module, group: Any = None) -> pipework.Runner:
     pipe = pipework.pipeline(model, (batch()[0][:4],), split_spec=SPLITS["two"])
     schedule = pipework.schedules.one_f_one_b(pipe.layout(ranks=2), MICROBATCHES)
-    return pipework.Runner(pipe, schedule, loss=loss, group=group)
+    return pipework.Runner(pipe, schedule, loss=crossed, group=group)
 
 
 def test_training_keeps_the_tie_and_counts_it_once() -> None:
@@ -170,7 +164,7 @@ def test_a_frozen_tied_parameter_has_no_gradient_and_costs_no_transfer() -> None
     edges = pipe.variant(pipe.example).cut.edges
     assert not any(wire.parameter for edge in edges for wire in edge.wires)
     schedule = pipework.schedules.one_f_one_b(pipe.layout(ranks=2), MICROBATCHES)
-    pipework.Runner(pipe, schedule, loss=loss).step(batch()[0], target=batch()[1])
+    pipework.Runner(pipe, schedule, loss=crossed).step(batch()[0], target=batch()[1])
     assert model.embed.weight.grad is None
 
 
