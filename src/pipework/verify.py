@@ -218,8 +218,13 @@ class _Expected:
 def _reference(
     model: nn.Module, parts: Sequence[Arguments], target: Any, loss: Any, pipe: Pipe, plan: Schedule, seed: int
 ) -> _Expected:
-    """One step of the unsplit model, microbatch by microbatch."""
-    count = len(parts)
+    """One step of the unsplit model, microbatch by microbatch.
+
+    Where all stages take them in turn, gradients add up in `.grad` as in the step: a reentrant checkpoint adds its own
+    as soon as it has it. Where not, each microbatch's are made by themselves and added up in each stage's order.
+    """
+    count, orders = len(parts), dict(_orders(pipe, plan))
+    is_in_turn = all(order == list(range(count)) for order in orders.values())
     targets = [values["target"] for values in chunk({"target": target}, count)]
     drawing = pipe.variant(parts[0]).drawing
     losses: list[torch.Tensor] = []
@@ -234,8 +239,12 @@ def _reference(
             losses.append(own.detach())
             outputs.append(output)
             gradients.append({name: p.grad for name, p in model.named_parameters()})
-            model.zero_grad(set_to_none=True)
-    summed = {name: _summed([gradients[m][name] for m in order]) for name, order in _orders(pipe, plan)}
+            if not is_in_turn:
+                model.zero_grad(set_to_none=True)
+    summed = {
+        name: gradients[-1][name] if is_in_turn else _summed([gradients[m][name] for m in order])
+        for name, order in orders.items()
+    }
     return _Expected(torch.stack(losses).sum() / count, merge(outputs, UNSAID), summed)
 
 

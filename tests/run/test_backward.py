@@ -208,6 +208,31 @@ def _autocast_twice(self: Any, x: Tensor) -> Tensor:
         return self.b(self.a(self.a(self.norm(x)).tanh()) + self.table(torch.arange(len(x)))).float() + x
 
 
+def _autocast_regions(self: Any, x: Tensor) -> Tensor:
+    """Each region casts the weight anew, and the gradients of the casts are added up in float32."""
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.a(self.a(x).tanh()).float()
+    return x + self.b(x)
+
+
+def _autocast_and_not(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = self.a(self.a(x).tanh()).float()
+    return self.a(y) + self.b(x)
+
+
+def _reentrant_twice(self: Any, x: Tensor) -> Tensor:
+    """Each checkpoint adds its own gradient of the weight to `.grad`."""
+    for _ in range(2):
+        x = checkpoint(lambda y: _plain(self, y), x, use_reentrant=True)
+    return x
+
+
+def _reentrant_and_not(self: Any, x: Tensor) -> Tensor:
+    return self.a(_plain(self, _reentrant(self, x)))
+
+
 def _autocast_and_by_function(self: Any, x: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return F.linear(self.a(self.a(x).sin()), self.a.weight).float() + self.b(x)
@@ -254,6 +279,10 @@ FORWARDS = [
     _mapped,
     _autocast,
     _autocast_twice,
+    _autocast_regions,
+    _autocast_and_not,
+    _reentrant_twice,
+    _reentrant_and_not,
     _autocast_and_by_function,
     _autocast_forces,
     _by_keyword,

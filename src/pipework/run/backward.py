@@ -106,11 +106,15 @@ class SplitBackward:
         """Find out from the graph of the first forward which modules are the only users of their parameters."""
         if self.alone is not None:
             return
-        calls = Counter({id(p): 0 for call in self._calls for p in _trained(call.module)})
+        calls: Counter[int] = Counter()
+        hidden: set[int] = set()
         for call in self._calls:
-            calls.update(dict.fromkeys(map(id, _trained(call.module)), call.count))
+            own = [id(p) for p in _trained(call.module)]
+            calls.update(dict.fromkeys(own, call.count))
+            hidden.update(own if call.is_hidden else ())
         uses = _uses(outputs)
-        self.alone = {c.module for c in self._calls if all(calls[id(p)] == uses[id(p)] for p in _trained(c.module))}
+        known = {number for number, count in calls.items() if 0 < count == uses[number]} - hidden
+        self.alone = {call.module for call in self._calls if known.issuperset(map(id, _trained(call.module)))}
         for call in self._calls:
             if call.module not in self.alone:
                 self.cannot_wait(call.module)
@@ -183,6 +187,7 @@ class _Call:
     def __init__(self, split: SplitBackward, module: nn.Module, operation: Operation) -> None:
         self.split, self.module, self.operation = split, module, operation
         self.count = 0  # calls in the first forward
+        self.is_hidden = False  # was called without gradients, as in a reentrant checkpoint: its graph is yet to come
         self.has_waited = False
         self._native = partial(type(module).forward, module)
 
@@ -190,6 +195,7 @@ class _Call:
         alone = self.split.alone
         if alone is None:
             self.count += torch.is_grad_enabled()
+            self.is_hidden |= not torch.is_grad_enabled()
         elif self.module in alone:
             if len(args) == 1 and not kwargs and self._can_wait(args[0]):
                 return self._in_halves(args[0])
@@ -273,7 +279,8 @@ _WEIGHT = 1  # its place among the function's tensors
 def _uses(outputs: Sequence[Tensor]) -> Counter[int]:
     """How often each parameter, by its id, is used in the graph behind the outputs.
 
-    Where it is transposed or, by autocast, cast, it is the users of what comes of that who count.
+    Where it is transposed or, by autocast, cast, it is the users of what comes of that who count. One that is cast and
+    used in other ways too, or in a second autocast region, has its gradients added up in two dtypes: it counts as none.
     """
     users: dict[Any, list[Any]] = {x.grad_fn: [None] for x in outputs if x.grad_fn is not None}
     nodes = list(users)
@@ -291,10 +298,15 @@ def _uses(outputs: Sequence[Tensor]) -> Counter[int]:
 
 
 def _count(node: Any, users: Mapping[Any, Sequence[Any]]) -> int:
-    return sum(_count(u, users) if u is not None and u.name() in _SAME_WEIGHT else 1 for u in users[node])
+    names = ["" if user is None else user.name() for user in users[node]]
+    if _CAST in names and len(names) > 1:
+        return 0
+    return sum(
+        _count(u, users) if name in (_CAST, _TRANSPOSED) else 1 for u, name in zip(users[node], names, strict=True)
+    )
 
 
-_SAME_WEIGHT = ("TBackward0", "ToCopyBackward0")
+_CAST, _TRANSPOSED = "ToCopyBackward0", "TBackward0"
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
