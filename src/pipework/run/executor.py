@@ -23,7 +23,7 @@ from pipework.run.buffers import WrittenBuffers
 from pipework.run.layouts import Layouts
 from pipework.run.tied import TiedStage, spread
 from pipework.run.transport import Arrival, Tensors, Transport, Wait
-from pipework.split.cut import Edge, Wire
+from pipework.split.cut import Edge
 from pipework.split.draws import DrawKey, drawing_for
 from pipework.split.pipe import Variant
 from pipework.split.stage import Stage
@@ -96,11 +96,11 @@ class StageRun:
         backwards: Backwards,
     ) -> None:
         self.tied = TiedStage(index, stage, variant.ties if trains else ())
-        self.halves: dict[int, SplitBackward] = {}  # of the microbatches whose backward is split
+        self.split = split = None
         if backwards.split:
             own = self.tied.own_parameters() if backwards.reorders else ()
-            halves = SplitBackward(self.tied.stage, index, self.tied.leaves.values(), own, backwards.waited)
-            self.halves = dict.fromkeys(backwards.split, halves)
+            self.split = split = SplitBackward(self.tied.stage, index, self.tied.leaves.values(), own, backwards.waited)
+        self.halves = dict.fromkeys(backwards.split, split) if split else {}  # by the microbatches that go back in two
         self.buffers = WrittenBuffers(stage, variant.written_buffers if trains else ())
         self.index, self.stage, self.code = index, self.tied.stage, variant.codes[index]
         self.device, self.trains = device, trains
@@ -122,6 +122,17 @@ class StageRun:
         )
         self.calls_before = variant.calls_before[index] if draws else None
         self.alone: contextlib.AbstractContextManager[Any] = _casting if variant.casts else _NOTHING
+
+    def begin(self) -> None:
+        """At the start of a step."""
+        self.tied.refresh()
+        self.buffers.begin()
+
+    def end(self) -> None:
+        """At the end of a step, however it ended."""
+        self.buffers.settle()
+        if self.split:
+            self.split.forget()
 
     def forward(self, microbatch: int, feed: Feed, received: Sequence[Tensors]) -> Kept:
         """Run the stage on what came over each incoming edge."""
@@ -193,9 +204,9 @@ class Route:
     """Where a transfer goes."""
 
     key: tuple[int, int, int]  # from stage, to stage, microbatch
-    peer: int
     channel: int
-    wires: tuple[Wire, ...]
+    send: Callable[[Tensors], Wait]
+    receive: Callable[[], Arrival]
     layouts: Layouts | None  # of gradients that leave the process, or come from another
 
     @property
@@ -237,8 +248,7 @@ class Executor:
     def run(self, feed: Feed) -> None:
         """One step; gradients are added to the parameters' own."""
         for run in self.runs:
-            run.tied.refresh()
-            run.buffers.begin()
+            run.begin()
         step = _Step(self, feed)
         try:
             for do, what in self._program:
@@ -249,9 +259,7 @@ class Executor:
             raise
         finally:
             for run in self.runs:
-                run.buffers.settle()
-                for halves in run.halves.values():
-                    halves.forget()
+                run.end()
         if self._program is self._in_order:
             self._program = _ahead(self._in_order, self.transport.receives_ahead)
         if self._ties:
@@ -274,13 +282,17 @@ class Executor:
         pair = (source, target) if forward else (target, source)
         edge = self._edges[transfer.after.microbatch].get(pair, Edge(*pair, ()))
         wires = edge.values if forward else edge.gradients
-        device = self.devices[source if self.is_here(source) else target]
+        here, there = (source, target) if self.is_here(source) else (target, source)
+        peer, channel = self.layout.rank_of[there], 2 * self._channels[pair] + (not forward)
+        send = partial(self.transport.send, to=peer, channel=channel)
+        receive = partial(self.transport.receive, source=peer, channel=channel, device=self.devices[here])
+        layouts = None if forward or self.transport.in_one_process else Layouts(wires, self.devices[here])
         return Route(
             key=(source, target, transfer.after.microbatch),
-            peer=self.layout.rank_of[target if self.is_here(source) else source],
-            channel=2 * self._channels[pair] + (not forward),
-            wires=wires,
-            layouts=None if forward or self.transport.in_one_process else Layouts(wires, device),
+            channel=channel,
+            send=partial(layouts.send, send=send) if layouts else partial(send, wires=wires),
+            receive=partial(layouts.receive, receive) if layouts else partial(receive, wires),
+            layouts=layouts,
         )
 
 
@@ -320,18 +332,14 @@ class _Step:
         self.sending: dict[int, deque[Wait]] = {}  # by channel
 
     def receive(self, route: Route) -> None:
-        executor = self.executor
-        device = executor.devices[route.key[1]]
-        receive = partial(executor.transport.receive, source=route.peer, channel=route.channel, device=device)
-        self.arrivals[route.key] = route.layouts.receive(receive) if route.layouts else receive(route.wires)
+        self.arrivals[route.key] = route.receive()
 
     def send(self, route: Route) -> None:
         under_way = self.sending.setdefault(route.channel, deque())
         if len(under_way) == SENDS_UNDER_WAY:
             under_way.popleft()()
         tensors = self.ready.pop(route.key, ())  # nothing, where only other microbatches send over this edge
-        send = partial(self.executor.transport.send, to=route.peer, channel=route.channel)
-        under_way.append(route.layouts.send(tensors, send) if route.layouts else send(tensors, route.wires))
+        under_way.append(route.send(tensors))
 
     def finish(self) -> None:
         for under_way in self.sending.values():
