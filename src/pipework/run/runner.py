@@ -42,9 +42,6 @@ class Evaluation:
     output: Any
 
 
-# What Gloo says of a connection whose other end is gone: cleanly, or with messages that nobody read.
-
-
 @final
 class Runner:
     """Runs a pipe by a schedule, on threads of this process or on the processes of a group.

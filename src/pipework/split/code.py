@@ -18,7 +18,7 @@ from pipework.split.blocks import Block, Step, blocks, steps
 from pipework.split.capture import Recording
 from pipework.split.cut import StagePart
 from pipework.split.draws import drawn
-from pipework.split.scope import Original, Template
+from pipework.split.scope import SCOPE, Original, Template
 from pipework.split.tape import Checkpoint, ClosedModule, Draw, Entry, Origin, Surroundings, name_of
 from pipework.split.trees import ModuleRef, Ref, children, counts, held, is_object, leaves, named_leaves
 
@@ -55,19 +55,7 @@ class _Writer:
         self.part, self.recording, self.ambient, self.constants = part, recording, ambient, constants
         self.values = recording.values
         self.names: dict[int, str] = {}  # value -> the expression that reaches it
-        self.taken = {
-            "self",
-            "torch",
-            "F",
-            "checkpoint",
-            "streams_on",
-            "leaves",
-            "expect",
-            "taken_from",
-            "stream",
-            "device",
-            "found",
-        }
+        self.taken = {*SCOPE, "self", "stream", "device", "found"}
         self.taken |= {*keyword.kwlist, *dir(builtins)}
         self.objects: dict[str, Any] = {}
         self.uses_device = False
