@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from pipework.plan.action import Action, Kind
 from pipework.plan.families.order import (
-    even_rounds,
     in_turn,
+    interleaved,
     require_loop,
     require_one_stage_per_rank,
     rounds,
@@ -58,15 +58,8 @@ def interleaved_one_f_one_b(layout: Layout, microbatches: int) -> Schedule:
     rank 1  ....1F0-1F1-3F0-3B0-----3F1-3B1-----1F2-1B0-----1F3-1B1-----3F2-3B2-----3F3-3B3-----1B2-----1B3-----........
     makespan 27, span 27, bubble 11.1 %, peak per rank 5 3
     """
-    per_rank = require_loop("interleaved_one_f_one_b", layout, "one_f_one_b")
-    width, full = even_rounds(microbatches, layout.ranks)
-
-    def order(rank: int) -> Iterable[Action]:
-        stages = layout.held_by(rank)
-        forwards = rounds(Kind.FORWARD, stages, full, width)
-        backwards = rounds(Kind.BACKWARD, stages[::-1], full, width)
-        # All stages of a rank but the last get their first round, and the way there and back is bridged.
-        warm_up = (per_rank - 1) * width + 2 * layout.behind(stages[-1])
-        return in_turn(forwards, backwards, warm_up)
-
-    return schedule("interleaved_one_f_one_b", layout, microbatches, order)
+    require_loop("interleaved_one_f_one_b", layout, "one_f_one_b")
+    # The way to the last stage and back is bridged.
+    return schedule(
+        "interleaved_one_f_one_b", layout, microbatches, lambda rank: interleaved(layout, rank, microbatches, bridges=2)
+    )

@@ -77,6 +77,18 @@ def in_turn(forwards: Sequence[Action], backwards: Iterable[Action], warm_up: in
     yield from left
 
 
+def interleaved(layout: Layout, rank: int, microbatches: int, bridges: int) -> Iterator[Action]:
+    """One forward and one backward in turn, in rounds of about as many microbatches as ranks through a rank's stages.
+
+    The warm-up has a first round for all its stages but the last, and `bridges` forwards for each stage behind that.
+    """
+    width, full = even_rounds(microbatches, layout.ranks)
+    stages = layout.held_by(rank)
+    forwards = rounds(Kind.FORWARD, stages, full, width)
+    backwards = rounds(Kind.BACKWARD, stages[::-1], full, width)
+    return in_turn(forwards, backwards, (len(stages) - 1) * width + bridges * layout.behind(stages[-1]))
+
+
 def split(actions: Iterable[Action], delay: int) -> Iterator[Action]:
     """Every backward in two: the input gradient in its place, the weight gradient after `delay` more of them."""
     waiting: deque[Action] = deque()
@@ -132,8 +144,8 @@ def require_one_stage_per_rank(name: str, layout: Layout, instead: str) -> None:
         )
 
 
-def require_loop(name: str, layout: Layout, instead: str) -> int:
-    """How many stages each rank holds; raises ScheduleError unless they are dealt in turn, two or more to each."""
+def require_loop(name: str, layout: Layout, instead: str) -> None:
+    """Raises ScheduleError unless the stages are dealt to the ranks in turn, two or more to each."""
     ranks, per_rank = layout.ranks, layout.stages // layout.ranks
     if per_rank < 2 or layout.rank_of != Layout.loop(ranks, per_rank).rank_of:
         raise ScheduleError(
@@ -141,7 +153,6 @@ def require_loop(name: str, layout: Layout, instead: str) -> int:
             why=where_the_stages_are(layout),
             remedy=f"use Layout.loop(ranks, per_rank=2), or {instead} for one stage per rank",
         )
-    return per_rank
 
 
 def require_vee(name: str, layout: Layout) -> None:

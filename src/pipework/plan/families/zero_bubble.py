@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from pipework.plan.action import Action, Kind
 from pipework.plan.families.order import (
-    even_rounds,
     in_turn,
+    interleaved,
     require_loop,
     require_one_stage_per_rank,
     rounds,
@@ -71,15 +71,10 @@ def interleaved_zero_bubble(layout: Layout, microbatches: int) -> Schedule:
     rank 1  ....1F0-1F1-3F0-3I0-3F1-3I1-3W0-1F2-1I0-3W1-1F3-1I1-1W0-3F2-3I2-1W1-3F3-3I3-3W2-1I2-3W3-1I3-1W2-1W3-
     makespan 25, span 25, bubble 4.0 %, peak per rank 4
     """
-    per_rank = require_loop("interleaved_zero_bubble", layout, "zero_bubble_h1")
-    width, full = even_rounds(microbatches, layout.ranks)
+    require_loop("interleaved_zero_bubble", layout, "zero_bubble_h1")
 
     def order(rank: int) -> Iterable[Action]:
-        stages = layout.held_by(rank)
-        forwards = rounds(Kind.FORWARD, stages, full, width)
-        backwards = rounds(Kind.BACKWARD, stages[::-1], full, width)
-        warm_up = (per_rank - 1) * width + layout.behind(stages[-1])
-        return split(in_turn(forwards, backwards, warm_up), delay=stages[0])
+        return split(interleaved(layout, rank, microbatches, bridges=1), delay=layout.held_by(rank)[0])
 
     return schedule("interleaved_zero_bubble", layout, microbatches, order)
 
