@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-from pipework.plan import FAMILIES, Costs, Timeline, crossings, simulate
+from pipework.plan import FAMILIES, Costs, Kind, Timeline, crossings, simulate
 from pipework.plan.families import Family
 from pipework.show.colours import KINDS
 from pipework.show.picture import picture
@@ -44,13 +44,10 @@ too, of a block that is compiled, and of parameters with hooks or shared between
 
 def timeline(family: Family) -> Timeline:
     """Its schedule of the page's size, for costs that are those of one rank's share of the model."""
-    layout = family.layout(RANKS)
-    share = RANKS / layout.stages
-    replicas = 2 if layout.feeds(RANKS - 1) == () and layout.stages > RANKS else 1
-    costs = Costs(*[share * replicas] * 3, activation=share * replicas)
-    schedule = family.plan(layout, MICROBATCHES, costs)
-    part = share * replicas / schedule.slices
-    return simulate(schedule, Costs(part, part, part, activation=part))
+    schedule = family.plan(family.layout(RANKS), MICROBATCHES, Costs())
+    forwards = sum(action.kind is Kind.FORWARD for order in schedule.orders for action in order)
+    share = RANKS * MICROBATCHES / forwards  # as in `pipework compare`
+    return simulate(schedule, Costs(share, share, share, activation=share))
 
 
 def overview(timelines: dict[str, Timeline]) -> str:
