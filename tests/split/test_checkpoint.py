@@ -36,11 +36,9 @@ def kept(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     return sum(tensor.untyped_storage().size() for tensor in memory.values())
 
 
-def saves(
-    model: nn.Module, *args: Any, want: int | None = None, more: int = 0, halves: bool = True, **kwargs: Any
-) -> None:
+def saves(model: nn.Module, *args: Any, want: int | None = None, more: int = 0, **kwargs: Any) -> None:
     """The pipe equals the model, and keeps what autograd keeps of it, and `more` bytes that the model holds besides."""
-    pipe = check(model, args, kwargs, want=want, halves=halves)
+    pipe = check(model, args, kwargs, want=want)
     model.train()
     assert kept(pipe, *args, **kwargs) == kept(model, *args, **kwargs) + more
 
@@ -80,8 +78,7 @@ def test_around_calls_of_the_trunk(reentrant: bool) -> None:
         return self.two(h)
 
     in_closures = 4 * WIDTH * 4  # `shift`, which the model's own function holds as well
-    # Each reentrant checkpoint adds to `.grad` by itself; in halves a weight's two uses are added to each other first.
-    saves(model, numbers(grad=True), numbers(seed=9), want=2, more=in_closures, halves=not reentrant)
+    saves(model, numbers(grad=True), numbers(seed=9), want=2, more=in_closures)
 
 
 @KINDS
@@ -160,7 +157,7 @@ def test_checkpoint_in_a_checkpoint(reentrant: bool) -> None:
         pipe_split()
         return self.three(h)
 
-    saves(model, numbers(grad=True), want=2, halves=not reentrant)  # as above
+    saves(model, numbers(grad=True), want=2)
 
 
 def test_reentrant_without_anything_to_go_back_to_trains_nothing_inside() -> None:
