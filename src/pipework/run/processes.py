@@ -5,40 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, final
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from typing_extensions import override
 
 from pipework.errors import TransportError
+from pipework.run.connections import Connections, close, connections
 from pipework.run.transport import Arrival, Tensors, Transport, Wait, announced
 from pipework.split.cut import Wire
-from pipework.split.torch_private import timeout_of
-
-GLOO_RECEIVES_AHEAD = 4
-"""A Gloo send that finds its receive posted is one write; else both sides negotiate, through Gloo's own thread."""
-
-Lane = Any  # a process group; torch's stubs leave out the calls of ProcessGroupGloo
-_known_lanes: WeakKeyDictionary[dist.ProcessGroup, tuple[Lane, ...]] = WeakKeyDictionary()
-_opened: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # how often, as a failure closes them
-
-
-def _lanes(group: dist.ProcessGroup) -> tuple[Lane, ...]:
-    """Connections of their own for each direction of the pipeline, shared by all runners of a group.
-
-    On one connection a message that leaves makes those that arrive wait, and Gloo's thread spins meanwhile.
-    """
-    lanes = _known_lanes.get(group)
-    if lanes is None:
-        store, rank, ranks = group.get_group_store(), dist.get_rank(group), dist.get_world_size(group)
-        number = _opened[group] = _opened.get(group, 0) + 1
-        names = (f"pipework/{number}/{way}" for way in ("forward", "back"))
-        lanes = tuple(
-            dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, ranks, timeout_of(group)) for name in names
-        )
-        _known_lanes[group] = lanes
-    return lanes
 
 
 @final
@@ -47,7 +22,6 @@ class ProcessTransport(Transport):
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group, self.device = group, device
-        self._lanes: tuple[Lane, ...] = (group, group)  # for values, and for gradients
         self._is_gloo = dist.get_backend(group) == "gloo"
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
@@ -55,8 +29,8 @@ class ProcessTransport(Transport):
                 "this process is not in the group of the pipeline",
                 remedy="make the runner only in the processes of the group",
             )
-        if self._is_gloo:
-            self._lanes, self.receives_ahead = _lanes(group), GLOO_RECEIVES_AHEAD
+        self._known: Connections | None = connections(group, device)
+        self.receives_ahead = self._known.receives_ahead
 
     @override
     def send(self, tensors: Tensors, wires: Sequence[Wire], to: int, channel: int) -> Wait:
@@ -64,7 +38,8 @@ class ProcessTransport(Transport):
         assert len(laid) == len(wires)
         spans = [span for span in map(_span, laid) if span.numel()]
         with self._connected():
-            works = [self._lane(channel % 2).send([span], to, channel) for span in spans]
+            lane, end = self._connections.lane(self.rank, to, channel)
+            works = [lane.send([span], end, channel) for span in spans]
 
         def wait() -> None:
             with self._connected():
@@ -79,7 +54,8 @@ class ProcessTransport(Transport):
         tensors = [_empty(wire, device) for wire in wires]
         spans = [span for span in map(_span, tensors) if span.numel()]
         with self._connected():
-            works = [self._lane(channel % 2).recv([span], source, channel) for span in spans]
+            lane, end = self._connections.lane(source, self.rank, channel)
+            works = [lane.recv([span], end, channel) for span in spans]
 
         def wait() -> list[torch.Tensor]:
             with self._connected():
@@ -102,29 +78,30 @@ class ProcessTransport(Transport):
             return None  # it would make the host wait for the GPU
         found = [torch.empty(1, dtype=torch.int64) for _ in range(self.ranks)]
         with self._connected():
-            self._lane(0).allgather([found], [torch.tensor([number])]).wait()
+            self._connections.everyone.allgather([found], [torch.tensor([number])]).wait()
         return [int(one) for one in found]
 
     @override
     def fail(self, error: BaseException) -> None:
         """Close this rank's own connections, so that whoever waits on one of them hears of it at once."""
-        _known_lanes.pop(self._group, None)
-        self._lanes = ()
+        self._known = None
+        close(self._group)
 
-    def _lane(self, number: int) -> Lane:
-        if not self._lanes:
+    @property
+    def _connections(self) -> Connections:
+        if self._known is None:
             raise TransportError(
                 "this runner's connections were closed when a step failed",
                 remedy="make a new runner on every rank once the cause is mended",
             )
-        return self._lanes[number]
+        return self._known
 
     @override
     def share(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         options = dist.BroadcastOptions()
         options.rootRank = source
         with self._connected():
-            self._lane(0).broadcast([tensor], options).wait()
+            self._connections.everyone.broadcast([tensor], options).wait()
         return tensor
 
     @contextlib.contextmanager

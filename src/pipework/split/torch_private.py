@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch._C import DisableTorchFunction as WithoutFunctionModes
 from torch._C import _are_functorch_transforms_active as functorch_active
+from torch._C import _cuda_endAllocateToPool, _will_engine_execute_node
 from torch._C import _current_graph_task_id as graph_task
 from torch._C import _disabled_torch_function_impl as plain_torch_function
-from torch._C import _will_engine_execute_node
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
@@ -173,9 +173,17 @@ def share_memory(tensor: Tensor, other: torch.Tensor) -> Tensor:
     return tensor
 
 
-def timeout_of(group: Any) -> timedelta:
-    """How long a Gloo process group waits for another rank."""
-    backend = group._get_backend(torch.device("cpu"))
+def abandon_capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    """End the capture under way on this stream, which has failed; what was captured is lost."""
+    try:
+        graph.capture_end()
+    except RuntimeError:  # says once more that it failed, and leaves the allocator as in a capture
+        _cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+
+
+def timeout_of(group: Any, device: torch.device) -> timedelta:
+    """How long a process group waits for another rank, where tensors are on such a device."""
+    backend = group._get_backend(device)
     return backend.options._timeout
 
 
@@ -188,6 +196,7 @@ __all__ = [
     "NormWithStatistics",
     "TorchDispatchMode",
     "WithoutFunctionModes",
+    "abandon_capture",
     "aliased",
     "arguments_of",
     "base_of",
