@@ -21,7 +21,7 @@ from pipework.plan import Action, Compute, Instruction, Kind, Layout, Program, R
 from pipework.run.backward import Later, SplitBackward
 from pipework.run.buffers import WrittenBuffers
 from pipework.run.layouts import Layouts
-from pipework.run.tied import TiedStage, spread
+from pipework.run.tied import Spread, TiedStage
 from pipework.run.transport import Arrival, Tensors, Transport, Wait
 from pipework.split.cut import Edge
 from pipework.split.draws import DrawKey, drawing_for
@@ -243,7 +243,8 @@ class Executor:
         self._channels = {pair: number for number, pair in enumerate(sorted(layout.edges))}
         self._in_order = [self._bound(instruction) for instruction in program.instructions]
         self._program = self._in_order  # until it is known how gradients are laid out
-        self._ties, self._stages = (variants[0].ties if trains and not transport.in_one_process else ()), stages
+        ties = variants[0].ties if trains and not transport.in_one_process else ()
+        self._spread = Spread(ties, layout, stages, transport, channel=2 * len(self._channels))
 
     def run(self, feed: Feed) -> None:
         """One step; gradients are added to the parameters' own."""
@@ -262,8 +263,7 @@ class Executor:
                 run.end()
         if self._program is self._in_order:
             self._program = _ahead(self._in_order, self.transport.receives_ahead)
-        if self._ties:
-            spread(self._ties, self.layout, self._stages, self.transport, 2 * len(self._channels))
+        self._spread()
 
     def is_here(self, stage: int) -> bool:
         """Whether a stage is on this rank."""

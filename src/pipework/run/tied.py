@@ -70,21 +70,32 @@ class TiedStage:
         return gradient
 
 
-def spread(ties: Sequence[Tie], layout: Layout, stages: Mapping[int, Stage], end: Transport, channel: int) -> None:
-    """After a step give every process that holds a tied parameter its whole gradient, which the first user has."""
-    for number, tie in enumerate(ties):
-        first, *others = dict.fromkeys(layout.rank_of[stage] for stage in tie.stages)
-        mine = next((stage for stage in tie.stages if stage in stages), None)
-        if mine is None:
-            continue
-        parameter = stages[mine].get_parameter(tie.held_as[mine])
-        wire = Wire(NO_VALUE, tuple(parameter.shape), parameter.stride(), parameter.dtype, True, tie.name)
-        place = channel + number
-        # Told in each step how it is laid out, and whether it is there: no loss may have reached it.
-        if end.rank == first:
-            for rank in others:
-                send = partial(end.send, to=rank, channel=place)
-                Layouts([wire], parameter.device).send([parameter.grad], send)()
-        else:
-            receive = partial(end.receive, source=first, channel=place, device=parameter.device)
-            (parameter.grad,) = Layouts([wire], parameter.device).receive(receive)()
+@final
+class Spread:
+    """After a step gives every process that holds a tied parameter its whole gradient, which the first user has."""
+
+    def __init__(
+        self, ties: Sequence[Tie], layout: Layout, stages: Mapping[int, Stage], end: Transport, channel: int
+    ) -> None:
+        self._end = end
+        self._parameters: list[tuple[nn.Parameter, int, dict[int, Layouts], int]] = []
+        for number, tie in enumerate(ties):
+            first, *others = dict.fromkeys(layout.rank_of[stage] for stage in tie.stages)
+            mine = next((stage for stage in tie.stages if stage in stages), None)
+            if mine is None:
+                continue
+            parameter = stages[mine].get_parameter(tie.held_as[mine])
+            wire = Wire(NO_VALUE, tuple(parameter.shape), parameter.stride(), parameter.dtype, True, tie.name)
+            peers = others if end.rank == first else [first]
+            layouts = {rank: Layouts([wire], parameter.device) for rank in peers}
+            self._parameters.append((parameter, first, layouts, channel + number))
+
+    def __call__(self) -> None:
+        """After a step, on all ranks."""
+        for parameter, first, layouts, channel in self._parameters:
+            for rank, layout in layouts.items():
+                if self._end.rank == first:
+                    layout.send([parameter.grad], partial(self._end.send, to=rank, channel=channel))()
+                else:
+                    receive = partial(self._end.receive, source=rank, channel=channel, device=parameter.device)
+                    (parameter.grad,) = layout.receive(receive)()
