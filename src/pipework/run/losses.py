@@ -133,18 +133,25 @@ class Losses:
         """The microbatches' outputs, where the last stage is and they are kept; else empty."""
         return [] if any(output is None for output in self._outputs) else self._outputs
 
-    def total(self, ends: Sequence[Transport], last: int) -> torch.Tensor | None:
-        """The step's loss on every rank: the sum over microbatches, divided as their backwards were."""
+    def total(self, ends: Sequence[Transport], last: int, told: list[torch.dtype]) -> torch.Tensor | None:
+        """The step's loss on every rank: the sum over microbatches, divided as their backwards were.
+
+        `told` has the dtype in which it came to the other ranks before: reading it anew makes the host wait for a GPU.
+        """
         known = [value for value in self._values if value is not None]
         if ends[0].in_one_process:
             return _total(torch.stack(known), self._divisor) if known else None
         message = torch.zeros(len(self._values) + 1, dtype=torch.float64, device=_device(ends[0], known))
         if known:
-            message[0] = 1 + _DTYPES.index(known[0].dtype)
+            message[:1].fill_(1 + _DTYPES.index(known[0].dtype))
             message[1:] = torch.stack(known)
         message = ends[0].share(message, last)
-        kind = int(message[0])
-        return _total(message[1:].to(_DTYPES[kind - 1]), self._divisor) if kind else None
+        if not (told and self._trains):
+            kind = int(message[0])
+            if not kind:
+                return None
+            told[:] = [_DTYPES[kind - 1]]
+        return _total(message[1:].to(told[0]), self._divisor)
 
 
 def _beside(results: Sequence[torch.Tensor]) -> torch.device | None:

@@ -13,6 +13,7 @@ from torch import nn
 from pipework.errors import InputError, MismatchError, ScheduleError
 from pipework.plan import Program, Schedule, check, forward_only, lower
 from pipework.run.executor import Executor
+from pipework.run.graphs import Graphs
 from pipework.run.transport import Transport, together
 from pipework.split.pipe import Pipe, Variant
 
@@ -30,9 +31,13 @@ class Plan:
     drawing: Mapping[str, Collection[str]]  # the modules that draw random numbers, and those that each of them calls
     modules: Mapping[str, nn.Module]  # at hand, by FQN; none where nothing draws
     number: int  # tells it from other plans, the same on every rank
+    loss_dtype: list[torch.dtype] = dataclasses.field(default_factory=list[torch.dtype])  # once it is known
+    graphs: Graphs | None = None
 
 
-def plan(pipe: Pipe, schedule: Schedule, variants: Sequence[Variant], trains: bool, ends: Sequence[Transport]) -> Plan:
+def plan(
+    pipe: Pipe, schedule: Schedule, variants: Sequence[Variant], trains: bool, ends: Sequence[Transport], graphs: bool
+) -> Plan:
     """Lower the schedule over the edges of the microbatches' variants, and prepare the executors of the ranks."""
     layout = pipe.lay(schedule.layout, *dict.fromkeys(variants))
     if trains:
@@ -58,7 +63,11 @@ def plan(pipe: Pipe, schedule: Schedule, variants: Sequence[Variant], trains: bo
     drawing = {name: called for variant in dict.fromkeys(variants) for name, called in variant.drawing.items()}
     stages = [run.stage for executor in executors for run in executor.runs] if drawing else []
     modules = {name: module for stage in stages for name, module in stage.named_modules()}
-    return Plan(schedule, tuple(variants), executors, drawing, modules, number)
+    whole: Graphs | None = None
+    if graphs and trains:
+        held = [pipe.get_stage_module(index) for executor in executors for index in executor.devices]
+        whole = Graphs(held, {device for executor in executors for device in executor.devices.values()})
+    return Plan(schedule, tuple(variants), executors, drawing, modules, number, graphs=whole)
 
 
 def refuse_unplayable(schedule: Schedule) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, final
@@ -14,19 +12,20 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import nn
 
-from pipework.errors import InputError, PipeworkError, TransportError
+from pipework.errors import InputError, PipeworkError
 from pipework.plan import Schedule, Span, Timeline, check
 from pipework.run.checkpoint import load
-from pipework.run.executor import Executor, Feed
+from pipework.run.executor import Feed
+from pipework.run.graphs import Captured, copied
 from pipework.run.inputs import Batch, Inputs
 from pipework.run.losses import Losses, LossWeight, shares
 from pipework.run.materialise import Initialize, initialize
 from pipework.run.plans import REFUSED, Plan, agree, fingerprint, plan, refuse_unplayable
-from pipework.run.transport import Threads, Transport, refusing, together
+from pipework.run.ranks import ProcessRank, Ranks, ThreadRanks
+from pipework.run.transport import refusing, together
 from pipework.split.draws import DrawKey, streams
 from pipework.split.microbatch import UNSAID, merge
 from pipework.split.pipe import Pipe
-from pipework.split.tape import Surroundings
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -58,6 +57,13 @@ class Runner:
     Tensors are split into microbatches along dimension 0, unless `chunk_spec` says otherwise for an argument or for
     `target` (see `pipework.split.microbatch`).
 
+    With `graphs`, on GPUs, each kind of step runs as ever for its first two times and is then captured in a CUDA graph,
+    all of it: its forwards and backwards, its transfers, its loss. From then on the host only copies the inputs and
+    starts the graph. Numbers stay those of a step that is not captured, random ones too. Gradients are left in memory
+    that later steps write again (clone what shall outlast the next step), and Python that a forward runs beside its
+    kernels (hooks that print, counters) runs no more. What cannot be captured runs as ever, with a warning that names
+    the module. `captured` tells what has been.
+
     `recorded` is the last step's timeline; threads always record, processes with `record=True`. With `keep_outputs`
     set, `outputs` is the last step's output. Random numbers depend on `seed`, which is torch's own on rank 0 when the
     runner is made, and on `steps`, the number of steps made; set both to continue a run.
@@ -73,7 +79,7 @@ class Runner:
     (torch.Size([]), torch.Size([8, 4]))
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (one for each thing that a user may want otherwise)
         self,
         pipe: Pipe,
         schedule: Schedule,
@@ -85,23 +91,28 @@ class Runner:
         chunk_spec: Mapping[str, Any] | None = None,
         output_merge_spec: Any = UNSAID,
         record: bool = False,
+        graphs: bool = False,
     ) -> None:
         self.pipe, self.schedule = pipe, schedule
-        self._threads = Threads(schedule.layout.ranks) if group is None else None
-        self._ends: tuple[Transport, ...] = (
-            self._threads.ends if self._threads else (_process_end(group, self._device()),)
-        )
+        self._ranks: Ranks = ThreadRanks(schedule.layout.ranks) if group is None else ProcessRank(group, self._device())
+        self._ends = self._ranks.ends
+        if graphs and loss_weight is not None:
+            raise InputError(
+                "graphs=True was given together with loss_weight",
+                why="a weight is a number on the host, and would stay what it was when the step was captured",
+                remedy="weigh in the loss, from what the target holds, with scale_loss=False",
+            )
         self._loss, self._scale_loss = loss, scale_loss
         weigh = None if loss_weight is None else partial(shares, loss_weight, scale=scale_loss)
         self._inputs = Inputs(pipe, schedule, dict(chunk_spec or {}), weigh)
-        self._merge_spec, self._record = output_merge_spec, record or group is None
+        self._merge_spec, self._record = output_merge_spec, (record or group is None) and not graphs
+        self._graphs = graphs
         self.keep_outputs = False
         with refusing(self._ends[0], group is not None):
             self._refuse_unfit(pipe, schedule)
         self._names = pipe.names
         self._buffer_names = {name for name, _ in pipe.model.named_buffers()}
         self._plans: dict[tuple[tuple[int, ...], bool], Plan] = {}
-        self._pool: ThreadPoolExecutor | None = None
         self.steps = 0
         self._recorded: tuple[Schedule, list[Span]] | None = None
         self._outputs: Any = None
@@ -171,21 +182,37 @@ class Runner:
 
     def _play(self, batch: Batch, trains: bool) -> torch.Tensor | None:
         made = self._plan(batch, trains)
-        divisor = self.schedule.microbatches if self._scale_loss else 1
-        keep = self.keep_outputs or not trains
-        losses = Losses(self._loss, trains, divisor, batch.targets, batch.shares, made.variants, keep)
         spans: list[Span] | None = [] if self._record else None
         draw = DrawKey(self.seed, self.steps, 0)
-        feed = Feed(batch.inputs, losses.finish, draw, spans)
-        with streams(made.modules, made.drawing):
-            self._run(made, feed)
+        if made.graphs is None:
+            losses = self._eager(made, trains, draw, spans, batch)
+        else:
+            losses = made.graphs.step(batch, draw, partial(self._eager, made, trains, draw, spans))
         batch.return_gradients()
-        total = losses.total(self._ends, made.schedule.layout.rank_of[-1])
-        self._outputs = merge(losses.outputs, self._merge_spec) if losses.outputs else None
+        total = losses.total(self._ends, made.schedule.layout.rank_of[-1], made.loss_dtype)
+        outputs = losses.outputs if made.graphs is None else copied(losses.outputs)
+        self._outputs = merge(outputs, self._merge_spec) if outputs else None
         self._recorded = None
         if spans is not None:
             self._recorded = made.schedule, [span for told in self.exchange(spans) for span in told]
         return total
+
+    def _eager(
+        self,
+        made: Plan,
+        trains: bool,
+        draw: DrawKey,
+        spans: list[Span] | None,
+        batch: Batch,
+        is_captured: bool = False,
+    ) -> Losses:
+        """Every action launched by the host."""
+        divisor = self.schedule.microbatches if self._scale_loss else 1
+        keep = self.keep_outputs or not trains
+        losses = Losses(self._loss, trains, divisor, batch.targets, batch.shares, made.variants, keep)
+        with streams(made.modules, made.drawing):
+            self._ranks.run(made.executors, Feed(batch.inputs, losses.finish, draw, spans), is_captured)
+        return losses
 
     def _plan(self, batch: Batch, trains: bool) -> Plan:
         """The plan of a step, after all ranks have said that they mean the same."""
@@ -199,7 +226,7 @@ class Runner:
                 why="its call was another than this one; its own error says more",
                 remedy="make the same call on every rank",
             )
-        if self._threads is None and (made is None or (told is not None and set(told) != {number})):
+        if not self._ends[0].in_one_process and (made is None or (told is not None and set(told) != {number})):
             facts = {
                 "schedule": (self.schedule.name, self.schedule.fingerprint),
                 "number of microbatches": self.schedule.microbatches,
@@ -211,48 +238,13 @@ class Runner:
             }
             agree(facts, self._ends[0])
         if made is None:
-            made = self._plans[key] = plan(self.pipe, self.schedule, batch.variants, trains, self._ends)
+            made = plan(self.pipe, self.schedule, batch.variants, trains, self._ends, self._graphs)
+            self._plans[key] = made
         return made
-
-    def _run(self, made: Plan, feed: Feed) -> None:
-        if self._threads is None:
-            self._run_here(made.executors[0], feed)
-            return
-        self._threads.begin()
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(len(made.executors), "pipework-rank")
-        ambient, threads = Surroundings.now(), torch.get_num_threads()
-
-        def play(rank: int) -> None:
-            try:
-                torch.set_num_threads(threads)  # else oneDNN and MKL go by a count of each thread's own
-                with ambient.restored():
-                    made.executors[rank].run(feed)
-            except BaseException as error:
-                self._ends[rank].fail(error)
-                raise
-
-        futures = [self._pool.submit(play, rank) for rank in range(len(made.executors))]
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        if errors:  # those that only heard of another's failure say less than it does
-            raise next((e for e in errors if e.__cause__ not in errors or e.__cause__ is None), errors[0])
-
-    def _run_here(self, executor: Executor, feed: Feed) -> None:
-        """This process's rank; where another has failed, its connections are closed, and so are this one's then."""
-        try:
-            executor.run(feed)
-            return
-        except TransportError as error:
-            self._ends[0].fail(error)
-            lost = copy.copy(error)
-        except Exception as error:
-            self._ends[0].fail(error)
-            raise
-        raise lost  # without the traceback, which holds the transfers under way, and they the connections
 
     def exchange(self, value: Any) -> list[Any]:
         """Every process's value, by rank; the one value of this process where ranks are threads. All ranks call it."""
-        return [value] if self._threads else together(self._ends[0], value)
+        return [value] if self._ends[0].in_one_process else together(self._ends[0], value)
 
     # ------------------------------------------------------------------ what the last step left
 
@@ -267,6 +259,11 @@ class Runner:
             )
         schedule, spans = self._recorded
         return Timeline.recorded(schedule, spans)
+
+    @property
+    def captured(self) -> tuple[Captured, ...]:
+        """The kinds of steps that are replayed, one for each shape of inputs and for gradients there before or not."""
+        return tuple(c for p in self._plans.values() if p.graphs is not None for c in p.graphs.captured.values())
 
     @property
     def outputs(self) -> Any:
@@ -391,7 +388,7 @@ class Runner:
     @contextlib.contextmanager
     def _all_or_none(self) -> Iterator[None]:
         """Every rank does what the block does, or every rank raises the error of one that could not."""
-        with refusing(self._ends[0], self._threads is None):
+        with refusing(self._ends[0], not self._ends[0].in_one_process):
             yield
         self.exchange(None)
         self._plans.clear()
@@ -411,13 +408,3 @@ class Runner:
         for gradient in own.values():
             gradient.mul_(scale.to(gradient.device))
         return total
-
-
-def _process_end(group: Any, device: torch.device) -> Transport:
-    import torch.distributed as dist
-
-    from pipework.run.processes import ProcessTransport
-
-    if device.type == "cpu" and dist.get_backend(group) == "nccl":  # a model on the meta device is nowhere yet
-        device = torch.device("cuda", torch.cuda.current_device())
-    return ProcessTransport(group, device)

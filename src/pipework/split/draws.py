@@ -28,6 +28,7 @@ from pipework.split.torch_private import in_backward
 
 _thread = threading.local()
 _generator = threading.Lock()
+_CPU = torch.device("cpu")
 
 _DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
 
@@ -40,17 +41,46 @@ class DrawKey:
     step: int
     microbatch: int
 
+    def seed_of(self, draw: Draw) -> int:
+        """With what a stream begins."""
+        return _seed(f"{self.seed}/{self.step}/{self.microbatch}/{draw.module}/{draw.call}/{draw.segment}")
+
 
 def _begin(key: DrawKey, draw: Draw, device: torch.device) -> None:
-    reseed(f"{key.seed}/{key.step}/{key.microbatch}/{draw.module}/{draw.call}/{draw.segment}", device)
+    is_begun = device.type == "cuda" and _instead is not None and _instead(key.microbatch, draw, device)
+    _begin_generators(key.seed_of(draw), _CPU if is_begun else device)
+
+
+Instead = Callable[[int, Draw, torch.device], bool]
+"""From microbatch, stream and device to whether the stream has begun on that GPU by other means."""
+
+_instead: Instead | None = None  # for all threads, since backwards run in threads of their own
+
+
+@contextlib.contextmanager
+def begun_by(instead: Instead) -> Iterator[None]:
+    """Inside the block every stream that begins on a GPU is told to `instead` first."""
+    global _instead  # noqa: PLW0603
+    before, _instead = _instead, instead
+    try:
+        yield
+    finally:
+        _instead = before
 
 
 def reseed(words: str, device: torch.device) -> None:
     """Begin the generators of the CPU and of a device anew, from a seed made of the words."""
-    seed = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") >> 1
+    _begin_generators(_seed(words), device)
+
+
+def _begin_generators(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+
+
+def _seed(words: str) -> int:
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def streams_on(device: torch.device) -> Callable[[str, int, int], None]:
@@ -139,6 +169,8 @@ def streams(modules: Mapping[str, nn.Module], drawing: Mapping[str, Collection[s
         yield
         return
     cuda = sorted({p.device.index for m in modules.values() for p in m.parameters() if p.device.type == "cuda"})
+    if cuda and torch.cuda.is_current_stream_capturing():
+        cuda = []  # nothing is drawn
     try:
         with torch.random.fork_rng(devices=cuda):
             yield

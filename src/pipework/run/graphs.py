@@ -1,0 +1,234 @@
+"""Whole steps of a process as CUDA graphs: captured once, then replayed without the host's doing.
+
+    step 1, 2      run as ever: memory, kernels and connections are made, gradients settle how they are laid out
+    step 3         the same Python runs once more, while CUDA writes down what it launches instead of doing it
+    from there on  inputs are copied to where the graph reads them, and the graph runs
+
+A graph is bound to memory and to what Python decided as it was captured. So it holds for one kind of step: the same
+shapes and the same gradients there to add to; and it is captured anew when a parameter lies elsewhere than it did, or
+a module's plain attribute has another value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from pipework.errors import InputError
+from pipework.run.graph_draws import GraphDraws
+from pipework.run.inputs import Batch
+from pipework.run.losses import Losses
+from pipework.split.draws import DrawKey
+from pipework.split.preserve import simple_attributes
+from pipework.split.torch_private import abandon_capture, buffers_of, parameters_of
+from pipework.split.trees import leaves, map_leaves
+
+WARM = 2
+"""Steps of a kind that run as ever before it is captured: in the first, ranks learn how gradients are laid out."""
+
+Eager = Callable[[Batch, bool], Losses]
+"""Runs a step on a batch; the flag says that it is being captured."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Captured:
+    """One kind of step of this process, as a graph."""
+
+    memory: int  # bytes of its GPU that it keeps for itself
+    graph: torch.cuda.CUDAGraph
+    batch: Batch  # where the graph reads its inputs and targets
+    losses: Losses
+    gradients: Mapping[nn.Parameter, torch.Tensor | None]  # where the graph leaves them
+    draws: GraphDraws
+
+
+@final
+class Graphs:
+    """The steps of one plan: as ever, captured, or replayed."""
+
+    def __init__(self, stages: Sequence[nn.Module], devices: set[torch.device]) -> None:
+        self._refuse_unfit(devices)
+        self._device = next(iter(devices))
+        self._modules = {name: module for stage in stages for name, module in stage.named_modules()}
+        self._parameters = list(dict.fromkeys(p for stage in stages for p in stage.parameters()))
+        self._stream = torch.cuda.Stream(self._device)
+        self._pool = torch.cuda.graph_pool_handle()  # for all graphs: no two run at once
+        self._seen: dict[Any, int] = {}
+        self._draws: dict[Any, GraphDraws] = {}
+        self.captured: dict[Any, Captured] = {}
+        self._state = self._state_now()
+        self._changes = ""  # what of it the last step itself changed
+
+    @staticmethod
+    def _refuse_unfit(devices: set[torch.device]) -> None:
+        if len(devices) > 1 or any(device.type != "cuda" for device in devices):
+            raise InputError(
+                f"graphs=True, and this process works on {', '.join(sorted(map(str, devices)))}",
+                why="a step is captured in one graph, on one GPU",
+                remedy="move the model to the process's GPU before the first step, or leave graphs out",
+            )
+
+    def step(self, batch: Batch, draw: DrawKey, eager: Eager) -> Losses:
+        """One step, in whichever way."""
+        self._forget_if_changed()
+        key = self._key(batch)
+        seen = self._seen.get(key, 0)
+        self._seen[key] = seen + 1
+        draws = self._draws.setdefault(key, GraphDraws())
+        if seen == WARM and (reason := _unfit(batch) or self._changes):
+            _warn(reason)
+        elif seen == WARM:
+            self._capture(key, batch, draws, eager)
+        found = self.captured.get(key)
+        if found is not None:
+            return self._replay(found, batch, draw)
+        with draws.noted() if seen == WARM - 1 else contextlib.nullcontext():
+            losses = eager(batch, False)
+        after = self._state_now()
+        self._changes, self._state = _difference(self._state, after), after
+        return losses
+
+    def _key(self, batch: Batch) -> Any:
+        leaves_ = [*_tensors(batch), *(leaf for target in batch.targets for leaf in leaves(target))]
+        return (
+            tuple(p.grad is None for p in self._parameters),
+            tuple((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves_),
+        )
+
+    # ------------------------------------------------------------------ capture
+
+    def _capture(self, key: Any, batch: Batch, draws: GraphDraws, eager: Eager) -> None:
+        """Capture this kind of step; where that cannot be done, say why, and leave everything as it was."""
+        still = _still(batch, self._device)
+        before = {p: p.grad for p in self._parameters}
+        graph = torch.cuda.CUDAGraph()
+        torch.clear_autocast_cache()  # casts made outside would be those of today for ever
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        reserved = torch.cuda.memory_reserved(self._device)
+        try:
+            with draws.drawn_in(graph, self._device), torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                losses = self._captured(graph, lambda: eager(still, True))
+            gradients = {p: p.grad for p in self._parameters}
+            memory = torch.cuda.memory_reserved(self._device) - reserved
+            self.captured[key] = Captured(memory, graph, still, losses, gradients, draws)
+        except Exception as error:
+            first = (str(error).splitlines() or [""])[0]
+            _warn(f"{self._place(error)} ({type(error).__name__}: {first})")
+        finally:
+            torch.clear_autocast_cache()
+            for parameter, gradient in before.items():
+                parameter.grad = gradient
+
+    def _captured(self, graph: torch.cuda.CUDAGraph, step: Callable[[], Losses]) -> Losses:
+        # Other threads may allocate and query meanwhile: the other ranks, autograd's own, those that watch connections.
+        graph.capture_begin(self._pool, capture_error_mode="thread_local")
+        try:
+            losses = step()
+        except BaseException:
+            abandon_capture(graph, self._pool)
+            raise
+        graph.capture_end()
+        return losses
+
+    def _place(self, error: BaseException) -> str:
+        """The innermost module whose forward was under way."""
+        names = {id(module): name for name, module in self._modules.items()}
+        inside = [id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        found = [names[each] for each in inside if names.get(each)]
+        return f"{found[-1]!r} cannot be captured" if found else "something outside of modules cannot be captured"
+
+    # ------------------------------------------------------------------ replay
+
+    def _replay(self, captured: Captured, batch: Batch, draw: DrawKey) -> Losses:
+        for still, given in zip(_all_tensors(captured.batch), _all_tensors(batch), strict=True):
+            if still is not given:
+                still.copy_(given, non_blocking=True)
+        for parameter, gradient in captured.gradients.items():
+            if parameter.grad is not None and parameter.grad is not gradient and gradient is not None:
+                gradient.copy_(parameter.grad)
+        captured.draws.begin(draw)
+        captured.graph.replay()
+        for parameter, gradient in captured.gradients.items():
+            parameter.grad = gradient
+        return captured.losses
+
+    # ------------------------------------------------------------------ what a graph is bound to
+
+    def _state_now(self) -> dict[str, Any]:
+        """By module, where its tensors are, and its plain attributes."""
+        found: dict[str, Any] = {}
+        for name, module in self._modules.items():
+            tensors = {**parameters_of(module), **buffers_of(module)}
+            at = {own: tensor.data_ptr() for own, tensor in tensors.items() if tensor is not None}
+            found[name] = simple_attributes(module), at
+        return found
+
+    def _forget_if_changed(self) -> None:
+        state = self._state_now()
+        if state != self._state:
+            self._state = state
+            for known in (self.captured, self._draws, self._seen):
+                known.clear()
+
+
+def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What a step changed and a replay would leave as it is, in words; nothing if there is none."""
+    for name, found in after.items():
+        for old, new in zip(before[name], found, strict=True):
+            for own in old | new:
+                if old.get(own) != new.get(own):
+                    return f"the forward of {name!r} sets its {own!r} anew, which a replay would not"
+    return ""
+
+
+def _warn(reason: str) -> None:
+    """At the caller of `Runner.step`."""
+    warnings.warn(f"this kind of step is not captured in a CUDA graph, and runs as ever: {reason}", stacklevel=6)
+
+
+def copied(values: Any) -> Any:
+    """The same values in memory that no later step writes."""
+    return map_leaves(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, values)
+
+
+def _unfit(batch: Batch) -> str | None:
+    if any(x.requires_grad for x in _tensors(batch)):
+        return "an input wants a gradient of its own"
+    if any(0 in x.stride() and x.numel() > 1 for x in _all_tensors(batch)):
+        return "elements of an input or target share memory; pass x.contiguous()"
+    return None
+
+
+def _tensors(batch: Batch) -> list[torch.Tensor]:
+    return [x for row in batch.inputs for x in row if x is not None]
+
+
+def _all_tensors(batch: Batch) -> Iterator[torch.Tensor]:
+    yield from _tensors(batch)
+    for target in batch.targets:
+        yield from (leaf for leaf in leaves(target) if isinstance(leaf, torch.Tensor))
+
+
+def _still(batch: Batch, device: torch.device) -> Batch:
+    """A batch laid out as another, on tensors of its own."""
+    known: dict[int, torch.Tensor] = {}  # a tensor may go to several microbatches
+
+    def own(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        if id(x) not in known:
+            known[id(x)] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+        return known[id(x)]
+
+    inputs = [[own(x) for x in row] for row in batch.inputs]
+    targets = [map_leaves(own, target) for target in batch.targets]
+    return dataclasses.replace(batch, given=inputs, inputs=inputs, targets=targets)

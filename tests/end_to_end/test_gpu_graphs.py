@@ -1,0 +1,275 @@
+"""Whole steps as CUDA graphs: the numbers of steps that are not captured, and nothing stale."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pipework
+from examples.gpt import GPT, Config
+from pipework import InputError, Runner
+from pipework.plan import FAMILIES
+from tests.end_to_end.case import crossed, squared, token_batch
+from tests.families import PER_RANK
+from tests.models import WIDTH
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+MICROBATCHES = 4
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def runner_by(family: str, model: nn.Module, example: Tensor, loss: Any, **options: Any) -> Runner:
+    """On two ranks."""
+    pipe = pipework.pipeline(model, (example,), stages=2 * PER_RANK[family])
+    known = FAMILIES[family]
+    return Runner(pipe, known.build(pipe.layout(2, known.layout), MICROBATCHES), loss=loss, **options)
+
+
+class Twins:
+    """A runner with graphs and one without, on twin models, which must stay equal whatever is done to both."""
+
+    def __init__(self, model: nn.Module, example: Tensor, loss: Any, family: str = "one_f_one_b") -> None:
+        self.models = [model.cuda(), copy.deepcopy(model).cuda()]
+        self.runners = [
+            runner_by(family, module, example.cuda(), loss, graphs=graphs)
+            for module, graphs in zip(self.models, (True, False), strict=True)
+        ]
+        self.optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in self.models]
+
+    @property
+    def captured(self) -> int:
+        return len(self.runners[0].captured)
+
+    def step(self, x: Tensor, target: Tensor) -> None:
+        """One step of each; the loss, all gradients and the output are equal."""
+        for runner in self.runners:
+            runner.keep_outputs = True
+        one, other = (runner.step(x, target=target) for runner in self.runners)
+        assert torch.equal(one, other)
+        assert torch.equal(self.runners[0].outputs, self.runners[1].outputs)
+        self.compare()
+
+    def compare(self) -> None:
+        (mine, theirs) = (dict(model.named_parameters()) for model in self.models)
+        for name, parameter in mine.items():
+            assert torch.equal(parameter, theirs[name]), name
+            gradient, wanted = parameter.grad, theirs[name].grad
+            assert (gradient is None) == (wanted is None), name
+            assert gradient is None or (wanted is not None and torch.equal(gradient, wanted)), name
+        for one, other in zip(self.models[0].buffers(), self.models[1].buffers(), strict=True):
+            assert torch.equal(one, other)
+
+    def update(self, *, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+        self.compare()
+
+
+def tokens(seed: int, rows: int = 8, length: int = 32) -> tuple[Tensor, Tensor]:
+    inputs, target = token_batch(rows=rows, length=length, vocabulary=256, seed=seed)
+    return inputs.cuda(), target.cuda()
+
+
+def gpt(dropout: float = 0.1, **kwargs: Any) -> GPT:
+    return GPT(Config(width=64, blocks=4, dropout=dropout, **kwargs))
+
+
+@pytest.mark.parametrize("family", PER_RANK)
+def test_training_is_that_of_steps_that_are_not_captured(family: str) -> None:
+    twins = Twins(gpt(), tokens(0)[0][:2], crossed, family)
+    for seed in range(5):
+        twins.step(*tokens(seed))
+        twins.update()
+    assert twins.captured == 1
+    assert twins.runners[0].captured[0].memory > 0
+
+
+def test_a_replay_makes_the_host_wait_for_nothing() -> None:
+    twins = Twins(gpt(), tokens(0)[0][:2], crossed)
+    for seed in range(4):
+        twins.step(*tokens(seed))
+        twins.update()
+    x, target = tokens(9)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = twins.runners[0].step(x, target=target)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(loss, twins.runners[1].step(x, target=target))
+
+
+def test_steps_that_accumulate_other_shapes_and_evaluations() -> None:
+    twins = Twins(gpt(), tokens(0)[0][:2], crossed)
+    for seed in range(12):
+        twins.step(*tokens(seed, length=16 if seed % 4 == 3 else 32))
+        if seed % 2:
+            twins.update()
+        one, other = (runner.evaluate(tokens(seed)[0]).output for runner in twins.runners)
+        assert torch.equal(one, other)
+    assert twins.captured == 3  # 32 tokens with gradients there and without; 16 with
+
+
+def test_gradients_set_to_zero_and_to_none_by_turns() -> None:
+    twins = Twins(gpt(), tokens(0)[0][:2], crossed)
+    for seed in range(12):
+        twins.step(*tokens(seed))
+        twins.update(set_to_none=seed % 3 == 0)
+    assert twins.captured == 2
+
+
+def test_what_happens_between_steps_is_heeded() -> None:
+    twins = Twins(gpt(), tokens(0)[0][:2], crossed)
+    states = [copy.deepcopy(model.state_dict()) for model in twins.models]
+
+    def load() -> None:
+        for runner, state in zip(twins.runners, states, strict=True):
+            runner.load_state_dict(state)
+
+    def draw_more() -> None:
+        for model in twins.models:
+            model.blocks[1].dropout.p = 0.5
+
+    def replace() -> None:
+        for model in twins.models:
+            model.blocks[0].norm1.weight.data = torch.ones(64, device="cuda") * 2
+
+    def fail() -> None:
+        for runner in twins.runners:
+            with pytest.raises(InputError):
+                runner.step(torch.zeros(3, 32, dtype=torch.int64, device="cuda"), target=None)
+
+    def gradients() -> None:
+        for model in twins.models:
+            model.zero_grad()
+            model.head.weight.grad = torch.ones_like(model.head.weight)
+
+    for change in (load, draw_more, replace, fail, gradients):
+        for seed in range(4):
+            twins.step(*tokens(seed))
+            twins.update()
+        assert twins.captured
+        change()
+        for seed in range(4):
+            twins.step(*tokens(seed))
+            twins.update()
+
+
+def test_buffers_that_a_forward_writes() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+    twins = Twins(model, torch.randn(2, WIDTH), squared)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        twins.step(torch.randn(8, WIDTH, device="cuda"), torch.randn(8, WIDTH, device="cuda"))
+        twins.update()
+    assert twins.captured == 1
+
+
+class Waits(nn.Module):
+    """Goes by a value that only the GPU knows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum().item() > 0 else x
+
+
+class Counts(nn.Module):
+    """Goes by what only Python knows."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return x * self.calls
+
+
+@pytest.mark.parametrize("block", [Waits, Counts])
+def test_what_cannot_be_captured_runs_as_ever_and_is_named_once(block: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), block(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    twins = Twins(model, torch.randn(2, WIDTH), squared)
+    said: list[str] = []
+    memory: list[int] = []
+    for seed in range(20):
+        memory.append(torch.cuda.memory_allocated())
+        torch.manual_seed(seed)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            twins.step(torch.randn(8, WIDTH, device="cuda"), torch.randn(8, WIDTH, device="cuda"))
+        twins.update()
+        said += [str(each.message) for each in caught]
+    (message,) = said
+    assert "'1'" in message
+    assert not twins.captured
+    assert memory[-1] == memory[5]
+
+
+def test_a_model_on_the_cpu_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    pipe = pipework.pipeline(model, (torch.ones(2, 4),), stages=2)
+    plan = pipework.schedules.gpipe(pipe.layout(ranks=2), MICROBATCHES)
+    with pytest.raises(InputError, match="graphs=True"):
+        Runner(pipe, plan, loss=squared, graphs=True).step(torch.ones(8, 4), target=torch.ones(8, 4))
+
+
+def over_nccl(rank: int, store: str, family: str) -> None:
+    """Two processes on one GPU, which NCCL takes for two hosts."""
+    import torch.distributed as dist
+    import torch.distributed.nn  # before there is a group; see pipework.cli.launch
+
+    os.environ |= {"NCCL_HOSTID": f"host {rank}", "NCCL_SOCKET_IFNAME": "lo", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    torch.use_deterministic_algorithms(True)
+    torch.cuda.set_device(0)
+    dist.init_process_group(
+        "nccl", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    torch.manual_seed(0)
+    model = gpt().cuda()
+    reference = copy.deepcopy(model)
+    captured = runner_by(family, model, tokens(0)[0][:2], crossed, group=dist.group.WORLD, graphs=True)
+    as_ever = runner_by(family, reference, tokens(0)[0][:2], crossed)  # threads on the same GPU
+    captured.seed = as_ever.seed = 3
+    wanted, found = trained(as_ever), trained(captured)
+    assert len(captured.captured) == 1
+    assert found.pop("loss").tolist() == wanted["loss"].tolist()
+    assert found
+    assert all(torch.equal(parameter, wanted[name]) for name, parameter in found.items())
+    dist.destroy_process_group()
+
+
+def trained(runner: Runner) -> dict[str, Tensor]:
+    """The parameters that are here after a few steps, and their losses; a replay makes the host wait for nothing."""
+    optimizer = torch.optim.AdamW(runner.parameters(), lr=1e-2)
+    losses: list[Tensor] = []
+    batches = [tokens(seed) for seed in range(6)]
+    for x, target in batches:
+        torch.cuda.set_sync_debug_mode("error" if runner.captured else "default")
+        losses.append(runner.step(x, target=target))
+        torch.cuda.set_sync_debug_mode("default")
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"loss": torch.stack(losses)} | {n: p.detach().clone() for n, p in runner.named_parameters()}
+
+
+@pytest.mark.parametrize("family", ["one_f_one_b", "zero_bubble_v"])
+def test_processes_over_nccl_train_as_threads_do(family: str, tmp_path: Any) -> None:
+    torch.multiprocessing.spawn(over_nccl, (str(tmp_path / "store"), family), nprocs=2)
