@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 import pipework
 from pipework import Pipe, Runner
@@ -31,7 +32,11 @@ def piped(model: nn.Module, *names: str) -> Pipe:
 
 
 def runner_of(
-    pipe: Pipe, ranks: int = 2, microbatches: int = 4, group: dist.ProcessGroup | None = None, **options: Any
+    pipe: Pipe,
+    ranks: int = 2,
+    microbatches: int = 4,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+    **options: Any,
 ) -> Runner:
     """1F1B where it is defined, interleaved where there are several stages per rank."""
     layout = pipe.layout(ranks)

@@ -300,6 +300,22 @@ def test_a_group_of_another_size(gloo_pool: GlooPool) -> None:
         assert "the schedule has 3 ranks, and the group 2" in told
 
 
+def along_a_mesh(group: dist.ProcessGroup, rank: int) -> str:
+    """Two pipelines of two ranks each, on halves of a batch."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "pipeline"))
+    model, reference = sequence(), sequence()
+    runner = runner_of(piped(model, "2"), group=mesh["pipeline"])
+    half = slice(4 * (rank // 2), 4 * (rank // 2) + 4)
+    assert torch.equal(runner.step(X[half], target=Y[half]), unsplit(reference, X[half], Y[half], 4))
+    assert equal(own(runner, gradients(model)), own(runner, gradients(reference)))
+    return refused(InputError, runner_of, piped(model, "2"), group=mesh)
+
+
+def test_a_dimension_of_a_mesh_is_a_group(gloo_pool: GlooPool) -> None:
+    for told in gloo_pool.run(along_a_mesh, ranks=4, limit=SOON):
+        assert "the mesh given as group has 2 dimensions, data, pipeline" in told
+
+
 def loss_on_the_last_rank(group: dist.ProcessGroup, rank: int) -> None:
     model, reference = sequence(), sequence()
     runner = runner_of(piped(model, "2"), group=group, loss=squared if rank == 1 else None)

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, final
 import torch
 from typing_extensions import override
 
-from pipework.errors import TransportError
+from pipework.errors import InputError, TransportError
 from pipework.run.executor import Executor, Feed
 from pipework.run.transport import Threads, Transport
 from pipework.split.tape import Surroundings
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Ranks(ABC):
@@ -93,11 +94,14 @@ class ThreadRanks(Ranks):
 class ProcessRank(Ranks):
     """This process's rank in a group."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup | DeviceMesh, device: torch.device) -> None:
         import torch.distributed as dist
+        from torch.distributed.device_mesh import DeviceMesh
 
         from pipework.run.processes import ProcessTransport
 
+        if isinstance(group, DeviceMesh):
+            group = _along(group)
         if device.type == "cpu" and dist.get_backend(group) == "nccl":  # a model on the meta device is nowhere yet
             device = torch.device("cuda", torch.cuda.current_device())
         self.ends = (ProcessTransport(group, device),)
@@ -117,3 +121,14 @@ class ProcessRank(Ranks):
                 raise
             lost = copy.copy(error)
         raise lost  # without the traceback, which holds the transfers under way, and they the connections
+
+
+def _along(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The group of a mesh of one dimension."""
+    if mesh.ndim != 1:
+        raise InputError(
+            f"the mesh given as group has {mesh.ndim} dimensions, {', '.join(mesh.mesh_dim_names or ()) or 'unnamed'}",
+            why="a pipeline runs along one of them",
+            remedy='pass that dimension, as group=mesh["pipeline"]',
+        )
+    return mesh.get_group()

@@ -29,6 +29,7 @@ from pipework.split.pipe import Pipe
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -43,7 +44,7 @@ class Evaluation:
 
 @final
 class Runner:
-    """Runs a pipe by a schedule, on threads of this process or on the processes of a group.
+    """Runs a pipe by a schedule, on threads of this process, or on processes: a group's, or a dimension of a mesh.
 
     Every rank makes the same calls. `loss` is a callable on (output, target), or None for a model whose output has a
     `.loss`. Each microbatch's loss is divided by their number before its backward, unless `scale_loss` is False;
@@ -85,7 +86,7 @@ class Runner:
         schedule: Schedule,
         *,
         loss: Loss | None = None,
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
         scale_loss: bool = True,
         loss_weight: LossWeight | None = None,
         chunk_spec: Mapping[str, Any] | None = None,
