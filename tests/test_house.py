@@ -230,6 +230,7 @@ def test_private_names_of_torch_exist() -> None:
         torch.ops.aten,
         torch,
         torch.utils.checkpoint,
+        torch.autograd.profiler,
     ]
     things += [torch.distributed.ProcessGroup, torch.distributed.ProcessGroupGloo._Options()]
     owners = [*things, *vars(module).values()]

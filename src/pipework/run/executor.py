@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,9 +16,11 @@ from typing import Any, final
 
 import torch
 
-from pipework.plan import Action, Compute, Instruction, Kind, Layout, Program, Receive, Span, Transfer
+from pipework.plan import Action, Compute, Instruction, Kind, Layout, Program, Receive, Transfer
 from pipework.run.backward import Later, SplitBackward
 from pipework.run.buffers import WrittenBuffers
+from pipework.run.clock import Recording
+from pipework.run.labels import Label
 from pipework.run.layouts import Layouts
 from pipework.run.tied import Spread, TiedStage
 from pipework.run.transport import Arrival, Tensors, Transport, Wait
@@ -41,7 +42,8 @@ class Feed:
         [int, Sequence[torch.Tensor]], torch.Tensor | None
     ]  # (microbatch, results) -> loss to go back from
     draw: DrawKey | None = None
-    spans: list[Span] | None = None
+    recording: Recording | None = None
+    label: Label | None = None
 
 
 class _End:
@@ -115,6 +117,13 @@ class StageRun:
             for edge in variant.cut.edges
             if edge.source == index
         ]
+        back = tuple(end.edge.target for end in self.outgoing if end.back)
+        self.sources = {  # the stages that each kind of action takes something from
+            Kind.FORWARD: tuple(end.edge.source for end in self.incoming),
+            Kind.BACKWARD: back,
+            Kind.INPUT_GRADIENT: back,
+            Kind.WEIGHT_GRADIENT: (),
+        }
         self.is_last = part is variant.cut.parts[-1]
         self.results = [part.outputs.index(value) for value in variant.cut.results] if self.is_last else []
         draws = any(e.draw for e in part.entries) or any(
@@ -203,6 +212,7 @@ class StageRun:
 class Route:
     """Where a transfer goes."""
 
+    instruction: Instruction
     key: tuple[int, int, int]  # from stage, to stage, microbatch
     channel: int
     send: Callable[[Tensors], Wait]
@@ -252,8 +262,11 @@ class Executor:
             run.begin()
         step = _Step(self, feed)
         try:
-            for do, what in self._program:
-                do(step, what)
+            if feed.recording or feed.label:
+                self._play_watched(step, feed.recording, feed.label or contextlib.nullcontext)
+            else:
+                for do, what in self._program:
+                    do(step, what)
             step.finish()
         except BaseException:
             step.abandon()
@@ -265,6 +278,24 @@ class Executor:
             self._program = _ahead(self._in_order, self.transport.receives_ahead)
         self._spread()
 
+    def _play_watched(self, step: _Step, recording: Recording | None, label: Label) -> None:
+        """Play the program with a label on each instruction, and the time of each action, its waits not counted."""
+        for do, what in self._program:
+            if isinstance(what, Route):
+                with label(what.instruction):
+                    do(step, what)
+                continue
+            action, run = what
+            step.wait(run, action)
+            with label(action):
+                if recording is None:
+                    do(step, what)
+                else:
+                    clock = recording.clock(run.device)
+                    begin = clock.now()
+                    do(step, what)
+                    recording.mark(self.rank, action, clock, begin, clock.now())
+
     def is_here(self, stage: int) -> bool:
         """Whether a stage is on this rank."""
         return self.layout.rank_of[stage] == self.rank
@@ -274,9 +305,9 @@ class Executor:
             action = instruction.action
             return _DO[action.kind], (action, self._run_of[action.stage, action.microbatch])
         do = _Step.receive if isinstance(instruction, Receive) else _Step.send
-        return do, self._route(instruction.transfer)
+        return do, self._route(instruction, instruction.transfer)
 
-    def _route(self, transfer: Transfer) -> Route:
+    def _route(self, instruction: Instruction, transfer: Transfer) -> Route:
         source, target = transfer.after.stage, transfer.to
         forward = source < target
         pair = (source, target) if forward else (target, source)
@@ -288,6 +319,7 @@ class Executor:
         receive = partial(self.transport.receive, source=peer, channel=channel, device=self.devices[here])
         layouts = None if forward or self.transport.in_one_process else Layouts(wires, self.devices[here])
         return Route(
+            instruction=instruction,
             key=(source, target, transfer.after.microbatch),
             channel=channel,
             send=partial(layouts.send, send=send) if layouts else partial(send, wires=wires),
@@ -353,11 +385,9 @@ class _Step:
 
     def forward(self, work: tuple[Action, StageRun]) -> None:
         action, run = work
-        received = [self.arrived(end.edge.source, action) for end in run.incoming]
-        begin = time.perf_counter()
+        received = self.arrived(run, action)
         with run.alone, self.drawing(run, action):
             kept = run.forward(action.microbatch, self.feed, received)
-        self.record(action, begin)
         if self.executor.trains:
             self.kept[action] = kept
         for end in run.outgoing:
@@ -366,38 +396,35 @@ class _Step:
     def backward(self, work: tuple[Action, StageRun]) -> None:
         action, run = work
         kept = self.kept.pop(Action(action.stage, Kind.FORWARD, action.microbatch))
-        gradients = [self.arrived(end.edge.target, action) for end in run.outgoing if end.back]
-        begin = time.perf_counter()
+        gradients = self.arrived(run, action)
         with run.alone, self.drawing(run, action):
             if action.kind is Kind.BACKWARD:
                 run.backward(kept, gradients)
             else:
                 later = run.input_gradient(action.microbatch, kept, gradients)
                 self.later[Action(action.stage, Kind.WEIGHT_GRADIENT, action.microbatch)] = later
-        self.record(action, begin)
         for end in run.incoming:
             if end.back:
                 self.ready[run.index, end.edge.source, action.microbatch] = run.returned(end, kept)
 
     def weight_gradient(self, work: tuple[Action, StageRun]) -> None:
         action, run = work
-        begin = time.perf_counter()
         run.halves[action.microbatch].weight_gradient(self.later.pop(action))
-        self.record(action, begin)
 
-    def arrived(self, source: int, action: Action) -> Tensors:
-        """What another stage made for this action."""
-        key = source, action.stage, action.microbatch
-        return self.ready.pop(key) if self.executor.is_here(source) else self.arrivals.pop(key)()
+    def arrived(self, run: StageRun, action: Action) -> list[Tensors]:
+        """What other stages made for this action, in the order of its stage's edges."""
+        keys = [(source, action.stage, action.microbatch) for source in run.sources[action.kind]]
+        return [self.arrivals.pop(key)() if key in self.arrivals else self.ready.pop(key) for key in keys]
+
+    def wait(self, run: StageRun, action: Action) -> None:
+        """Have ready what other stages make for this action."""
+        for source, tensors in zip(run.sources[action.kind], self.arrived(run, action), strict=True):
+            self.ready[source, action.stage, action.microbatch] = tensors
 
     def drawing(self, run: StageRun, action: Action) -> contextlib.AbstractContextManager[None]:
         if run.calls_before is None or self.feed.draw is None:
             return _NOTHING
         return drawing_for(dataclasses.replace(self.feed.draw, microbatch=action.microbatch), run.calls_before)
-
-    def record(self, action: Action, begin: float) -> None:
-        if self.feed.spans is not None:
-            self.feed.spans.append(Span(self.executor.rank, action, begin, time.perf_counter()))
 
 
 _NOTHING = contextlib.nullcontext()

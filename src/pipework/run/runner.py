@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from pipework.errors import InputError, PipeworkError
-from pipework.plan import Schedule, Span, Timeline, check
+from pipework.plan import Schedule, Timeline, check
 from pipework.run.checkpoint import load
+from pipework.run.clock import Recording
 from pipework.run.executor import Feed
 from pipework.run.graphs import Captured, copied
 from pipework.run.inputs import Batch, Inputs
+from pipework.run.labels import labels
 from pipework.run.losses import Losses, LossWeight, shares
 from pipework.run.materialise import Initialize, initialize
 from pipework.run.plans import REFUSED, Plan, agree, fingerprint, plan, refuse_unplayable
@@ -65,9 +67,12 @@ class Runner:
     kernels (hooks that print, counters) runs no more. What cannot be captured runs as ever, with a warning that names
     the module. `captured` tells what has been.
 
-    `recorded` is the last step's timeline; threads always record, processes with `record=True`. With `keep_outputs`
-    set, `outputs` is the last step's output. Random numbers depend on `seed`, which is torch's own on rank 0 when the
-    runner is made, and on `steps`, the number of steps made; set both to continue a run.
+    `recorded` is the last step's timeline. Threads on the CPU always record; with `record=True` processes do, at one
+    exchange a step, and GPUs, at two events an action. In a profile that is being made, each instruction stands by its
+    text, such as `2F0` and `send 2F0>3` (see `pipework.run.labels`).
+
+    With `keep_outputs` set, `outputs` is the last step's output. Random numbers depend on `seed`, which is torch's own
+    on rank 0 when the runner is made, and on `steps`, the number of steps made; set both to continue a run.
 
     Raises `InputError` for a schedule that does not fit the pipe or the group.
 
@@ -106,7 +111,7 @@ class Runner:
         self._loss, self._scale_loss = loss, scale_loss
         weigh = None if loss_weight is None else partial(shares, loss_weight, scale=scale_loss)
         self._inputs = Inputs(pipe, schedule, dict(chunk_spec or {}), weigh)
-        self._merge_spec, self._record = output_merge_spec, (record or group is None) and not graphs
+        self._merge_spec, self._record = output_merge_spec, record and not graphs
         self._graphs = graphs
         self.keep_outputs = False
         with refusing(self._ends[0], group is not None):
@@ -115,7 +120,7 @@ class Runner:
         self._buffer_names = {name for name, _ in pipe.model.named_buffers()}
         self._plans: dict[tuple[tuple[int, ...], bool], Plan] = {}
         self.steps = 0
-        self._recorded: tuple[Schedule, list[Span]] | None = None
+        self._recorded: tuple[Schedule, Recording] | None = None
         self._outputs: Any = None
         self.seed = self.exchange(torch.initial_seed())[0]
 
@@ -183,27 +188,34 @@ class Runner:
 
     def _play(self, batch: Batch, trains: bool) -> torch.Tensor | None:
         made = self._plan(batch, trains)
-        spans: list[Span] | None = [] if self._record else None
+        recording = self._recording(made)
         draw = DrawKey(self.seed, self.steps, 0)
         if made.graphs is None:
-            losses = self._eager(made, trains, draw, spans, batch)
+            losses = self._eager(made, trains, draw, recording, batch)
         else:
-            losses = made.graphs.step(batch, draw, partial(self._eager, made, trains, draw, spans))
+            losses = made.graphs.step(batch, draw, partial(self._eager, made, trains, draw, recording))
         batch.return_gradients()
         total = losses.total(self._ends, made.schedule.layout.rank_of[-1], made.loss_dtype)
         outputs = losses.outputs if made.graphs is None else copied(losses.outputs)
         self._outputs = merge(outputs, self._merge_spec) if outputs else None
         self._recorded = None
-        if spans is not None:
-            self._recorded = made.schedule, [span for told in self.exchange(spans) for span in told]
+        if recording is not None:
+            if not self._ends[0].in_one_process:
+                recording.share(self.exchange)
+            self._recorded = made.schedule, recording
         return total
+
+    def _recording(self, made: Plan) -> Recording | None:
+        devices = {device for executor in made.executors for device in executor.devices.values()}
+        is_free = self._ends[0].in_one_process and all(device.type == "cpu" for device in devices)
+        return Recording(devices) if self._record or is_free else None
 
     def _eager(
         self,
         made: Plan,
         trains: bool,
         draw: DrawKey,
-        spans: list[Span] | None,
+        recording: Recording | None,
         batch: Batch,
         is_captured: bool = False,
     ) -> Losses:
@@ -211,8 +223,9 @@ class Runner:
         divisor = self.schedule.microbatches if self._scale_loss else 1
         keep = self.keep_outputs or not trains
         losses = Losses(self._loss, trains, divisor, batch.targets, batch.shares, made.variants, keep)
+        feed = Feed(batch.inputs, losses.finish, draw, recording, None if is_captured else labels())
         with streams(made.modules, made.drawing):
-            self._ranks.run(made.executors, Feed(batch.inputs, losses.finish, draw, spans), is_captured)
+            self._ranks.run(made.executors, feed, is_captured)
         return losses
 
     def _plan(self, batch: Batch, trains: bool) -> Plan:
@@ -251,15 +264,20 @@ class Runner:
 
     @property
     def recorded(self) -> Timeline:
-        """The last step as it really ran, on all ranks, in seconds."""
+        """The last step as it really ran, on all ranks, in seconds; waits for GPUs that are still at it.
+
+        An action lasts from when all that it needs has arrived. On a GPU it is timed by events on its stream: threads
+        that share one interleave there, so that the times of their actions overlap. Ranks on one machine have one
+        clock, GPUs of their own to some microseconds; machines agree as well as their times of day do.
+        """
         if self._recorded is None:
             raise PipeworkError(
                 "no step was recorded",
-                why="recording costs processes one exchange a step, so they do it on request",
+                why="recording costs processes one exchange a step, and GPUs two events an action",
                 remedy="pass record=True to the runner, and make a step",
             )
-        schedule, spans = self._recorded
-        return Timeline.recorded(schedule, spans)
+        schedule, recording = self._recorded
+        return Timeline.recorded(schedule, recording.spans())
 
     @property
     def captured(self) -> tuple[Captured, ...]:

@@ -15,6 +15,8 @@ from torch._C import _are_functorch_transforms_active as functorch_active
 from torch._C import _cuda_endAllocateToPool, _will_engine_execute_node
 from torch._C import _current_graph_task_id as graph_task
 from torch._C import _disabled_torch_function_impl as plain_torch_function
+from torch._C._autograd import _profiler_type
+from torch._C._profiler import ActiveProfilerType
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
@@ -181,6 +183,16 @@ def abandon_capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
         _cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
+def profiler_is_on() -> bool:
+    """Whether `torch.profiler` or one of torch.autograd's is at work, on whichever thread it was started."""
+    return torch.autograd.profiler._is_profiler_enabled
+
+
+def makes_nvtx_ranges() -> bool:
+    """Whether this thread is inside `torch.autograd.profiler.emit_nvtx()`."""
+    return _profiler_type() == ActiveProfilerType.NVTX
+
+
 def timeout_of(group: Any, device: torch.device) -> timedelta:
     """How long a process group waits for another rank, where tensors are on such a device."""
     backend = group._get_backend(device)
@@ -210,9 +222,11 @@ __all__ = [
     "in_backward",
     "is_compiled",
     "is_persistent",
+    "makes_nvtx_ranges",
     "no_view",
     "parameters_of",
     "plain_torch_function",
+    "profiler_is_on",
     "shallow_copy",
     "share_memory",
     "storage_of",
