@@ -18,7 +18,8 @@ def labels() -> Label | None:
 
     `torch.profiler` shows labels of the threads it sees: the one that it was started on, and all with
     `experimental_config=torch.profiler._ExperimentalConfig(profile_all_threads=True)`. Inside
-    `torch.autograd.profiler.emit_nvtx()` they are NVTX ranges, on all ranks that are threads too.
+    `torch.autograd.profiler.emit_nvtx()` they are NVTX ranges, on all ranks that are threads too. Its traces have them
+    as they are; its tables take `2F0` for a name of C++ that is two letters long, and write `F0`.
     """
     if not profiler_is_on():
         return None
