@@ -21,6 +21,7 @@ import pipework
 from pipework import Runner
 from pipework.plan import Schedule, lower
 from pipework.run import clock, labels
+from pipework.run.executor import Executor
 from tests.end_to_end.case import squared
 from tests.gloo import GlooPool
 from tests.run.pipes import piped, sequence
@@ -101,13 +102,15 @@ def test_on_processes(gloo_pool: GlooPool, record: bool) -> None:
 
 
 def watched(group: dist.ProcessGroup, rank: int) -> Counter[str]:
-    """What was called of the files of clocks and labels in one step."""
+    """What was called of all that looks at a step, in one step."""
     runner, called = runner_of(group), Counter[str]()
     runner.step(X, target=Y)
 
     def note(frame: FrameType, event: str, what: Any) -> None:
-        if event == "call" and frame.f_code.co_filename in {clock.__file__, labels.__file__}:
-            called[frame.f_code.co_name] += 1
+        code = frame.f_code
+        watches = code.co_filename in {clock.__file__, labels.__file__} or code is Executor._play_watched.__code__
+        if event == "call" and watches:
+            called[code.co_name] += 1
 
     sys.setprofile(note)
     try:
