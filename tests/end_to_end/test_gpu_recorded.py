@@ -95,7 +95,7 @@ def test_threads_on_one_gpu() -> None:
     timeline = runner.recorded
     end.synchronize()
     latest = time.perf_counter()
-    assert_really_ran(timeline, timeline.schedule)  # of one stream
+    assert_really_ran(timeline, timeline.schedule, RESOLUTION)
     assert_times_are_the_gpus(timeline, "cuda")
     step = begin.elapsed_time(end) / 1e3 + RESOLUTION
     assert timeline.makespan <= step
@@ -105,7 +105,7 @@ def test_threads_on_one_gpu() -> None:
     assert timeline.start + timeline.makespan <= latest + APART
     assert runner.recorded == timeline  # read once
     runner.evaluate(x, target=x)
-    assert_really_ran(runner.recorded, runner.recorded.schedule)
+    assert_really_ran(runner.recorded, runner.recorded.schedule, RESOLUTION)
     pipework.simulate(runner.schedule, pipework.plan.measured([timeline]))
 
 
@@ -151,7 +151,7 @@ def test_labels_in_a_profile_with_kernels(tmp_path: Path) -> None:
             found[event["tid"]].append(event["name"])
     assert sorted(found.values()) == sorted(written(runner.schedule, rank) for rank in range(2))
     assert any(event["cat"] == "kernel" for event in lasting)
-    assert_really_ran(runner.recorded, runner.recorded.schedule)
+    assert_really_ran(runner.recorded, runner.recorded.schedule, RESOLUTION)
 
 
 @two_gpus

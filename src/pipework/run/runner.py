@@ -69,7 +69,7 @@ class Runner:
 
     `recorded` is the last step's timeline. Threads on the CPU always record; with `record=True` processes do, at one
     exchange a step, and GPUs, at two events an action. In a profile that is being made, each instruction stands by its
-    text, such as `2F0` and `send 2F0>3` (see `pipework.run.labels`).
+    text, such as `2F0` and `send 2F0>3` (see `pipework.run.labels`). A step captured in a graph does neither.
 
     With `keep_outputs` set, `outputs` is the last step's output. Random numbers depend on `seed`, which is torch's own
     on rank 0 when the runner is made, and on `steps`, the number of steps made; set both to continue a run.
@@ -266,15 +266,15 @@ class Runner:
     def recorded(self) -> Timeline:
         """The last step as it really ran, on all ranks, in seconds; waits for GPUs that are still at it.
 
-        An action lasts from when all that it needs has arrived. On a GPU it is timed by events on its stream: threads
-        that share one interleave there, so that the times of their actions overlap. Ranks on one machine have one
-        clock, GPUs of their own to some microseconds; machines agree as well as their times of day do.
+        An action lasts from when all that it needs has arrived. On a GPU it is timed by events on its stream;
+        where ranks share a GPU, each is as slow as the others make it. Ranks on one machine go by one clock, those with
+        GPUs of their own to some microseconds; machines agree as well as their times of day do.
         """
         if self._recorded is None:
             raise PipeworkError(
                 "no step was recorded",
                 why="recording costs processes one exchange a step, and GPUs two events an action",
-                remedy="pass record=True to the runner, and make a step",
+                remedy="pass record=True to the runner, without graphs, and make a step",
             )
         schedule, recording = self._recorded
         return Timeline.recorded(schedule, recording.spans())
