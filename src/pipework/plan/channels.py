@@ -50,7 +50,7 @@ def play_through(
     waits = _waits(channels, schedule, programs, first_of)
     durations = defaultdict[Node, float](float)
     for action in (action for order in schedule.orders for action in order):
-        durations[first_of.get(action, action)] += costs.duration(action)
+        durations[first_of.get(action, action)] += costs.duration(action, schedule.recomputed)
     begin, end = dict[Node, float](), dict[Node, float]()
     for node in _in_order(waits, schedule, channels):
         begin[node] = max((end[other] for other in waits[node]), default=0.0)

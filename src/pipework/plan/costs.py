@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import inf
 from typing import final
@@ -28,6 +28,8 @@ class Costs:
     - `activation`: what one microbatch's forward keeps until its backward, in bytes; 1 counts microbatches.
     - `released_by_input_gradient`: the share of it, from 0 to 1, that the input gradient frees; the weight gradient
       frees the rest.
+    - `boundary`: of the activation, what a recomputed stage keeps of it between F and B (see `Schedule.recomputed`): the
+      tensors that it was given.
     - `unit`: of all times, here and in a timeline of these costs: `"s"` for seconds, empty for plain counts.
 
     Raises ScheduleError for any other unit.
@@ -43,6 +45,7 @@ class Costs:
     transfer: float | Mapping[tuple[int, int], float] = 0.0
     activation: PerStage = 1.0
     released_by_input_gradient: PerStage = 0.0
+    boundary: PerStage = 0.0
     unit: str = ""
 
     def __post_init__(self) -> None:
@@ -52,16 +55,17 @@ class Costs:
                 remedy="give seconds and the unit 's', or plain counts and no unit",
             )
 
-    def duration(self, action: Action) -> float:
-        """How long `action` keeps its rank busy."""
+    def duration(self, action: Action, recomputed: Collection[int] = ()) -> float:
+        """How long `action` keeps its rank busy, where these stages are recomputed (see `Schedule.recomputed`)."""
         stage, kind = action.stage, action.kind
         if kind is Kind.FORWARD:
             return _at(self.forward, stage)
-        if kind is Kind.INPUT_GRADIENT:
-            return _at(self.input_gradient, stage)
         if kind is Kind.WEIGHT_GRADIENT:
             return _at(self.weight_gradient, stage)
-        return _at(self.input_gradient, stage) + _at(self.weight_gradient, stage)
+        duration = _at(self.input_gradient, stage)
+        if stage in recomputed:
+            duration += _at(self.forward, stage)
+        return duration if kind is Kind.INPUT_GRADIENT else duration + _at(self.weight_gradient, stage)
 
     def delay(self, start: int, end: int, layout: Layout) -> float:
         """The time of a transfer from stage `start` to stage `end`, in either direction; 0 on the same rank."""
@@ -71,9 +75,17 @@ class Costs:
             return self.transfer[min(start, end), max(start, end)]
         return self.transfer
 
-    def held(self, action: Action) -> float:
-        """What `action` adds to the memory held when it starts: an activation for a forward, else 0."""
-        return _at(self.activation, action.stage) if action.kind is Kind.FORWARD else 0.0
+    def held(self, action: Action, recomputed: Collection[int] = ()) -> float:
+        """What `action` adds to the memory held when it starts: an activation for a forward, else 0.
+
+        A recomputed stage adds the boundary with its forward, and the rest with its B or I.
+        """
+        stage, kind = action.stage, action.kind
+        if stage not in recomputed:
+            return _at(self.activation, stage) if kind is Kind.FORWARD else 0.0
+        if kind is Kind.FORWARD:
+            return _at(self.boundary, stage)
+        return 0.0 if kind is Kind.WEIGHT_GRADIENT else _at(self.activation, stage) - _at(self.boundary, stage)
 
     def released(self, action: Action) -> float:
         """What `action` frees when it ends."""
@@ -98,6 +110,13 @@ class Costs:
                     remedy="give one number for all stages, or a tuple with one number per stage",
                 )
             _require_within(name, cost if isinstance(cost, tuple) else (cost,))
+        for stage in range(layout.stages):
+            if (part := _at(self.boundary, stage)) > (whole := _at(self.activation, stage)):
+                raise ScheduleError(
+                    f"costs give stage {stage} a boundary of {part} in an activation of {whole}",
+                    why="what a stage was given is kept as long as the rest of its activation",
+                    remedy="count it in the activation",
+                )
         if not isinstance(self.transfer, Mapping):
             _require_within("transfer", (self.transfer,))
             return
@@ -116,7 +135,7 @@ UNIT = Costs()
 RECORDED = Costs(0.0, 0.0, 0.0, unit="s")
 """What is known of the costs of a recorded step: that its times are seconds."""
 
-_PER_STAGE = ("forward", "input_gradient", "weight_gradient", "activation", "released_by_input_gradient")
+_PER_STAGE = ("forward", "input_gradient", "weight_gradient", "activation", "released_by_input_gradient", "boundary")
 
 
 def _at(cost: PerStage, stage: int) -> float:

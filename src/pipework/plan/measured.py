@@ -17,7 +17,8 @@ from pipework.plan.timeline import Span, Timeline
 def measured(timelines: Sequence[Timeline]) -> Costs:
     """The costs of the actions in these timelines, in their unit: each stage's median durations, the median transfer.
 
-    The two halves of a backward count for half of it each; what never ran, or only at once with another, costs nothing.
+    The two halves of a backward count for half of it each, without the forward that a recomputed stage does again; what
+    never ran, or only at once with another, costs nothing.
     A transfer is measured where a rank had nothing else to wait for: from the end of an action on one rank to the start
     of the one on another rank that needs it. Activations are counted in microbatches.
 
@@ -25,7 +26,8 @@ def measured(timelines: Sequence[Timeline]) -> Costs:
 
     >>> from pipework.plan import Layout, one_f_one_b, simulate
     >>> costs = Costs(forward=(0.25, 0.5), input_gradient=(0.5, 0.5), weight_gradient=(0.5, 0.5), transfer=0.125)
-    >>> measured([simulate(one_f_one_b(Layout.loop(2), microbatches=4), costs)]) == costs
+    >>> schedule = one_f_one_b(Layout.loop(2), microbatches=4)
+    >>> measured([simulate(schedule, costs), simulate(schedule.recomputing(), costs)]) == costs
     True
     """
     if len({(timeline.schedule.layout, timeline.unit) for timeline in timelines}) != 1:
@@ -34,26 +36,41 @@ def measured(timelines: Sequence[Timeline]) -> Costs:
             remedy="give the timelines of steps of one pipe on one layout, such as `runner.recorded` after each",
         )
     durations: defaultdict[tuple[int, Kind], list[float]] = defaultdict(list)
-    ranks = range(timelines[0].schedule.layout.ranks)
-    for span in (spans[0] for timeline in timelines for r in ranks for spans in timeline.at_once(r) if len(spans) == 1):
+    backwards: list[tuple[Span, bool]] = []  # each with whether it began with another forward
+    for timeline in timelines:
+        for span in _alone(timeline):
+            if span.action.kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT):
+                backwards.append((span, span.action.stage in timeline.schedule.recomputed))
+            else:
+                durations[span.action.stage, span.action.kind].append(span.end - span.start)
+
+    def each(kind: Kind) -> tuple[float, ...]:
+        return tuple(median(durations[stage, kind] or [0.0]) for stage in range(timelines[0].schedule.layout.stages))
+
+    forward = each(Kind.FORWARD)
+    for span, is_recomputed in backwards:
         stage, kind, duration = span.action.stage, span.action.kind, span.end - span.start
+        if is_recomputed:
+            duration = max(0.0, duration - forward[stage])
         if kind is Kind.BACKWARD:
             durations[stage, Kind.INPUT_GRADIENT].append(duration / 2)
             durations[stage, Kind.WEIGHT_GRADIENT].append(duration / 2)
         else:
             durations[stage, kind].append(duration)
-
-    def each(kind: Kind) -> tuple[float, ...]:
-        return tuple(median(durations[stage, kind] or [0.0]) for stage in range(timelines[0].schedule.layout.stages))
-
     waits = [wait for timeline in timelines for wait in _waits(timeline)]
     return Costs(
-        each(Kind.FORWARD),
+        forward,
         each(Kind.INPUT_GRADIENT),
         each(Kind.WEIGHT_GRADIENT),
         transfer=median(waits or [0.0]),
         unit=timelines[0].unit,
     )
+
+
+def _alone(timeline: Timeline) -> Iterator[Span]:
+    """The spans of the actions that did not run at once with another."""
+    for rank in range(timeline.schedule.layout.ranks):
+        yield from (spans[0] for spans in timeline.at_once(rank) if len(spans) == 1)
 
 
 def _waits(timeline: Timeline) -> Iterator[float]:

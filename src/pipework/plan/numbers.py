@@ -138,7 +138,7 @@ def _work(schedule: Schedule, costs: Costs) -> tuple[Work, ...]:
                 (place(need) - number(action), costs.delay(need.stage, action.stage, layout))
                 for need in needs(action, bare)
             ),
-            costs.duration(action),
+            costs.duration(action, schedule.recomputed),
             place(action) - number(action),
         )
         for microbatch in range(schedule.slices)

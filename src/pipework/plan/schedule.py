@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import final
@@ -22,6 +22,8 @@ class Schedule:
       number n is slice n % slices of sequence n // slices.
     - `microbatches_of[stage]`: which microbatches a stage takes, ascending; None if every stage takes all. Replicas of
       a model share them out (Chimera, arXiv:2107.06925; see `Layout.bidirectional`).
+    - `recomputed`: stages that drop their activations after each F, and make them again, by another forward, at the
+      beginning of the B or I (Chen et al., arXiv:1604.06174); see `recomputing`.
 
     Nothing is judged here; `check` tells whether a schedule is complete and can finish.
 
@@ -38,6 +40,7 @@ class Schedule:
     overlapped: frozenset[Action] = frozenset()
     slices: int = 1
     microbatches_of: tuple[tuple[int, ...], ...] | None = None
+    recomputed: frozenset[int] = frozenset()
     # Found when first asked for: those who play millions of actions never ask.
     _split: frozenset[tuple[int, int]] | None = field(init=False, repr=False, compare=False, default=None)
 
@@ -79,6 +82,7 @@ class Schedule:
             str(self.slices),
             "all" if self.microbatches_of is None else repr(self.microbatches_of),
             " ".join(sorted(map(str, self.overlapped))),
+            " ".join(map(str, sorted(self.recomputed))),
             *(" ".join(map(str, order)) for order in self.orders),
         )
         # Each part is preceded by its length, so that no two schedules can join to the same text.
@@ -87,6 +91,28 @@ class Schedule:
     def with_layout(self, layout: Layout) -> Schedule:
         """The same orders over another layout, such as one whose edges are those of a real cut."""
         return replace(self, layout=layout)
+
+    def recomputing(self, stages: Iterable[int] | None = None) -> Schedule:
+        """The same orders where these stages, or all, are recomputed, and no others: less memory for more time.
+
+        Of a microbatch such a stage keeps between F and B what it was given, and nothing that it made; B, or I where the
+        backward is split, then takes the time of the forward as well. A stage that goes back at once after each forward,
+        as the last one does in 1F1B, gains nothing by it.
+
+        >>> from pipework.plan import Costs, one_f_one_b, simulate
+        >>> schedule, costs = one_f_one_b(Layout.loop(3), microbatches=3), Costs(activation=8, boundary=1)
+        >>> print(simulate(schedule, costs).text())
+        rank 0  F0F1F2........B0--..B1--..B2--
+        rank 1  ..F0F1....B0--F2B1--..B2--....
+        rank 2  ....F0B0--F1B1--F2B2--........
+        makespan 15, span 15, bubble 40.0 %, peak per rank 24 16 8
+        >>> print(simulate(schedule.recomputing([0, 1]), costs).text())
+        rank 0  F0F1F2..........B0----..B1----B2----
+        rank 1  ..F0F1....B0----F2B1----B2----......
+        rank 2  ....F0B0--F1B1--..F2B2--............
+        makespan 18, span 18, bubble 38.9 %, peak per rank 10 9 8
+        """
+        return replace(self, recomputed=frozenset(range(self.layout.stages) if stages is None else stages))
 
     def describe(self) -> str:
         """One line: name and counts.
@@ -101,7 +127,8 @@ class Schedule:
             (self.microbatches, "microbatch"),
             (actions, "action"),
         )
-        return f"{self.name}: {', '.join(_counted(count, noun) for count, noun in counts)}"
+        recomputed = f", {_counted(len(self.recomputed), 'stage')} recomputed" if self.recomputed else ""
+        return f"{self.name}: {', '.join(_counted(count, noun) for count, noun in counts)}{recomputed}"
 
 
 def _counted(count: int, noun: str) -> str:

@@ -172,11 +172,13 @@ class Timeline:
     def memory(self, rank: int) -> list[tuple[float, float]]:
         """The activation memory alive on a rank, as (time, from then on) at each change, in `costs.activation`'s unit.
 
-        An activation lives from the start of its forward to the end of its (weight gradient or full) backward.
+        An activation lives from the start of its forward to the end of its (weight gradient or full) backward; that of
+        a recomputed stage from the start of its backward, and until then what the stage was given.
         """
         order, starts, ends = self.schedule.orders[rank], self.starts[rank], self.ends[rank]
+        recomputed = self.schedule.recomputed
         work = [Action(stage, kind, 0) for stage in self.schedule.layout.held_by(rank) for kind in Kind]
-        held = {(action.stage, action.kind): self.costs.held(action) for action in work}
+        held = {(action.stage, action.kind): self.costs.held(action, recomputed) for action in work}
         released = {(action.stage, action.kind): self.costs.released(action) for action in work}
         alive, curve = 0.0, list[tuple[float, float]]()
         for begin, end in self.groups(rank):

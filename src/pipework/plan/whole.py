@@ -43,6 +43,11 @@ def require_shape(schedule: Schedule) -> None:
             f"{schedule.name} has {schedule.microbatches} microbatches, in sequences of {schedule.slices} slices",
             remedy="microbatches count slices: use a multiple of slices, 1 or more",
         )
+    for stage in sorted(schedule.recomputed - set(range(schedule.layout.stages))):
+        raise ScheduleError(
+            f"stage {stage} of {schedule.name} should be recomputed, but there are {schedule.layout.stages} stages",
+            remedy="give stages that the layout has, counted from 0",
+        )
     if schedule.microbatches_of is not None:
         _require_shares(schedule, schedule.microbatches_of)
 

@@ -10,11 +10,12 @@ import contextlib
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, final
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pipework.plan import Action, Compute, Instruction, Kind, Layout, Program, Receive, Transfer
 from pipework.run.backward import Later, SplitBackward
@@ -22,6 +23,7 @@ from pipework.run.buffers import WrittenBuffers
 from pipework.run.clock import Recording
 from pipework.run.labels import Label
 from pipework.run.layouts import Layouts
+from pipework.run.recompute import Recomputed, explained
 from pipework.run.tied import Spread, TiedStage
 from pipework.run.transport import Arrival, Tensors, Transport, Wait
 from pipework.split.cut import Edge
@@ -62,7 +64,7 @@ class Kept:
     """What a stage keeps of a microbatch between its forward and its backward."""
 
     taken: list[torch.Tensor]
-    out: tuple[torch.Tensor, ...]
+    roots: tuple[GradientEdge | None, ...]  # of its outputs; these themselves are with those who need them
     loss: torch.Tensor | None
     gradients: dict[int, torch.Tensor]  # of what was taken, by position, as the backward left them
     in_halves: bool  # whether weights can be left out of the backward
@@ -96,6 +98,7 @@ class StageRun:
         device: torch.device,
         trains: bool,
         backwards: Backwards,
+        is_recomputed: bool,
     ) -> None:
         self.tied = TiedStage(index, stage, variant.ties if trains else ())
         self.split = split = None
@@ -130,6 +133,9 @@ class StageRun:
             name == own or name.startswith(own + ".") for name in variant.drawing for own in part.modules
         )
         self.calls_before = variant.calls_before[index] if draws else None
+        self.recomputed = None
+        if is_recomputed:
+            self.recomputed = Recomputed(self.stage, variant.written_buffers, stage.replaced, draws)
         self.alone: contextlib.AbstractContextManager[Any] = _casting if variant.casts else _NOTHING
 
     def begin(self) -> None:
@@ -143,8 +149,8 @@ class StageRun:
         if self.split:
             self.split.forget()
 
-    def forward(self, microbatch: int, feed: Feed, received: Sequence[Tensors]) -> Kept:
-        """Run the stage on what came over each incoming edge."""
+    def forward(self, microbatch: int, feed: Feed, received: Sequence[Tensors]) -> tuple[Kept, Tensors]:
+        """Run the stage on what came over each incoming edge; gives what to keep, and the outputs."""
         inputs = feed.inputs[microbatch]
         taken: list[Any] = [inputs[position] for _, position in self.part.inputs]
         taken = [t if t.device == self.device else t.to(self.device, non_blocking=True) for t in taken]
@@ -161,25 +167,30 @@ class StageRun:
                     taken[position].register_hook(partial(gradients.__setitem__, position))
         self.buffers.renew()
         halves = self.halves.get(microbatch)
-        with halves.at_work() if halves else _NOTHING:
+
+        def run(*taken: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
             out = self.code(self.stage, *taken)
-        loss = feed.finish(microbatch, [out[i] for i in self.results]) if self.is_last else None
+            return out, feed.finish(microbatch, [out[i] for i in self.results]) if self.is_last else None
+
+        with halves.at_work() if halves else _NOTHING:
+            out, loss = self.recomputed.forward(run, taken) if self.recomputed else run(*taken)
         in_halves = halves is not None and halves.alone is not None
         if halves:
             halves.look_at(out if loss is None else (*out, loss))
-        return Kept(taken, out, loss, gradients, in_halves)
+        roots = tuple([get_gradient_edge(t) if t.requires_grad else None for t in out]) if self.trains else ()
+        return Kept(taken, roots, loss, gradients, in_halves), out
 
     def backward(self, kept: Kept, gradients: Sequence[Tensors]) -> None:
         """Go back from the loss and from what came back over each outgoing edge that returns gradients."""
-        roots: list[torch.Tensor] = []
+        roots: list[torch.Tensor | GradientEdge] = []
         seeds: list[torch.Tensor | None] = []
         returning = (end for end in self.outgoing if end.back)
         for end, came in zip(returning, gradients, strict=True):
             for (position, wire), gradient in zip(end.back, came, strict=True):
                 if gradient is None:
                     continue
-                root = self.tied.leaves[wire.parameter] if wire.parameter else kept.out[position]
-                if root.requires_grad:
+                root = self.tied.leaves[wire.parameter] if wire.parameter else kept.roots[position]
+                if isinstance(root, GradientEdge) or (root is not None and root.requires_grad):
                     roots.append(root)
                     seeds.append(gradient)
         for own in kept.taken[: len(self.part.inputs)]:
@@ -237,13 +248,16 @@ class Executor:
         stages: Mapping[int, Stage],
         transport: Transport,
         trains: bool,
+        recomputed: Collection[int],
     ) -> None:
         self.rank, self.transport, self.layout, self.trains = program.rank, transport, layout, trains
         own = next((p for stage in stages.values() for p in (*stage.parameters(), *stage.buffers())), None)
         self.devices = {index: stage.device_beside(own) for index, stage in stages.items()}
         backwards = {index: Backwards.of(index, program) for index in stages}
         made = {
-            (index, variant): StageRun(variant, index, stage, self.devices[index], trains, backwards[index])
+            (index, variant): StageRun(
+                variant, index, stage, self.devices[index], trains, backwards[index], index in recomputed
+            )
             for index, stage in stages.items()
             for variant in dict.fromkeys(variants)
         }
@@ -387,17 +401,17 @@ class _Step:
         action, run = work
         received = self.arrived(run, action)
         with run.alone, self.drawing(run, action):
-            kept = run.forward(action.microbatch, self.feed, received)
+            kept, out = run.forward(action.microbatch, self.feed, received)
         if self.executor.trains:
             self.kept[action] = kept
         for end in run.outgoing:
-            self.ready[run.index, end.edge.target, action.microbatch] = [kept.out[i].detach() for i in end.positions]
+            self.ready[run.index, end.edge.target, action.microbatch] = [out[i].detach() for i in end.positions]
 
     def backward(self, work: tuple[Action, StageRun]) -> None:
         action, run = work
         kept = self.kept.pop(Action(action.stage, Kind.FORWARD, action.microbatch))
         gradients = self.arrived(run, action)
-        with run.alone, self.drawing(run, action):
+        with run.alone, self.drawing(run, action), explained(action) if run.recomputed else _NOTHING:
             if action.kind is Kind.BACKWARD:
                 run.backward(kept, gradients)
             else:

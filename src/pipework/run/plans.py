@@ -56,6 +56,7 @@ def plan(
             {index: pipe.get_stage_module(index) for index in layout.held_by(end.rank)},
             end,
             trains,
+            schedule.recomputed,
         )
         for end in ends
     )

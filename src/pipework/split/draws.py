@@ -153,6 +153,22 @@ def drawing_for(key: DrawKey | None, calls_before: Mapping[str, int] | None = No
             _thread.key, _thread.calls = before
 
 
+def drawing_again() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """What surrounds another run of the forward that is under way now, in a backward, maybe in a thread of its own."""
+    key: DrawKey | None = getattr(_thread, "key", None)
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        before = getattr(_thread, "key", None)
+        _thread.key = key
+        try:
+            yield
+        finally:
+            _thread.key = before
+
+    return again
+
+
 @contextlib.contextmanager
 def streams(modules: Mapping[str, nn.Module], drawing: Mapping[str, Collection[str]]) -> Iterator[None]:
     """Inside the block the modules that draw do so from their streams, and the generators are put back after it.

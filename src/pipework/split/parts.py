@@ -63,12 +63,15 @@ class ModuleCosts:
 
     def per_stage(self, stages: int) -> Costs:
         """What the stages cost when the model is cut so, for `pipework.simulate`; transfers take no time."""
-        sums = self._sums(stages)
+        sums, begins = self._sums(stages), [0, *self._cuts(stages)]
+        boundaries = [self.parts[begin].boundary for begin in begins]
         return Costs(
             tuple(cost.forward for cost in sums),
             tuple(cost.input_gradient for cost in sums),
             tuple(cost.weight_gradient for cost in sums),
-            activation=tuple(float(cost.activation) for cost in sums),
+            # What a stage was given is kept, whether autograd has a use for it or not.
+            activation=tuple(float(max(c.activation, b)) for c, b in zip(sums, boundaries, strict=True)),
+            boundary=tuple(map(float, boundaries)),
             unit=self.unit,
         )
 

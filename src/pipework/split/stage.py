@@ -70,6 +70,11 @@ class Stage(nn.Module):
             return own.device
         return torch.device("cpu") if tensor is None else tensor.device
 
+    @property
+    def replaced(self) -> list[dict[str, torch.Tensor | None]]:
+        """The model's own tables of the buffers that the stage assigns."""
+        return [buffers_of(owner) for owner, _ in self._replaced.values()]
+
     def assign(self, name: str, value: torch.Tensor) -> None:
         """Replace a buffer by a new tensor, here and in the model."""
         for owner, last in (self._owner(name), self._replaced[name]):

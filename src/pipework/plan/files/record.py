@@ -23,6 +23,7 @@ _FIELDS = (
     "gradients",
     "microbatches_of",
     "overlapped",
+    "recomputed",
     "orders",
 )
 
@@ -45,6 +46,7 @@ def write_json(schedule: Schedule, file: File) -> None:
       "gradients": [[0, 1]],
       "microbatches_of": null,
       "overlapped": [],
+      "recomputed": [],
       "orders": [
         "0F0 0F1 0B0 0B1",
         "1F0 1F1 1B0 1B1"
@@ -63,6 +65,7 @@ def write_json(schedule: Schedule, file: File) -> None:
         sorted(layout.gradients or ()),
         schedule.microbatches_of,
         sorted(map(str, schedule.overlapped)),
+        sorted(schedule.recomputed),
     )
     lines = [f"  {json.dumps(field)}: {json.dumps(value)}," for field, value in zip(_FIELDS, values, strict=False)]
     orders = ",\n".join(f'    "{" ".join(map(str, order))}"' for order in schedule.orders)
@@ -142,6 +145,7 @@ class _Record:
             frozenset(self.actions("overlapped", self.rows("overlapped"))),
             self.count("slices"),
             self.shares(),
+            frozenset(self.numbers("recomputed", self.fields["recomputed"])),
         )
 
     def shares(self) -> tuple[tuple[int, ...], ...] | None:

@@ -29,7 +29,7 @@ def write_csv(schedule: Schedule, file: File) -> None:
     """Write the orders of a schedule, one row per rank, to a path or an open text file.
 
     What rows cannot say is left out: the name and the edges. Raises ScheduleError for sequences in slices, which rows
-    cannot tell from whole ones. `write_json` writes everything.
+    cannot tell from whole ones, and for stages that are recomputed. `write_json` writes everything.
 
     >>> import sys
     >>> from pipework.plan import Layout, one_f_one_b
@@ -41,6 +41,11 @@ def write_csv(schedule: Schedule, file: File) -> None:
         raise ScheduleError(
             f"{schedule.name} cuts sequences into {schedule.slices} slices, which rows of actions cannot say",
             remedy="write it as JSON",
+        )
+    if schedule.recomputed:
+        raise ScheduleError(
+            f"{schedule.name} has stages that are recomputed, which rows of actions cannot say",
+            remedy="write it as JSON, or without them (schedule.recomputing([])), to be named again where it is read",
         )
     rows: list[list[str]] = []
     for order in schedule.orders:
