@@ -208,6 +208,17 @@ def _autocast_twice(self: Any, x: Tensor) -> Tensor:
         return self.b(self.a(self.a(self.norm(x)).tanh()) + self.table(torch.arange(len(x)))).float() + x
 
 
+def _autocast_checkpointed(self: Any, x: Tensor) -> Tensor:
+    """What the checkpoint gives back of a weight is a tensor of the moment, of which no cast must be kept."""
+
+    def inner(y: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.a(y).relu()
+            return (self.b(y) + self.a(y)).float()
+
+    return checkpoint(inner, x, use_reentrant=False)
+
+
 def _autocast_regions(self: Any, x: Tensor) -> Tensor:
     """Each region casts the weight anew, and the gradients of the casts are added up in float32."""
     for _ in range(2):
@@ -279,6 +290,7 @@ FORWARDS = [
     _mapped,
     _autocast,
     _autocast_twice,
+    _autocast_checkpointed,
     _autocast_regions,
     _autocast_and_not,
     _reentrant_twice,

@@ -227,11 +227,15 @@ class _Call:
             return None
         return torch.get_autocast_dtype(kind)
 
+    @property
+    def weight(self) -> nn.Parameter:
+        weight = parameters_of(self.module)["weight"]
+        assert weight is not None, "only modules with a weight are called through this"
+        return weight
+
     def weight_gradients(self, aside: PutAside) -> list[tuple[nn.Parameter, Tensor]]:
         """In the dtype of the operands."""
-        own = parameters_of(self.module)
-        weight, bias = own["weight"], own.get("bias")
-        assert weight is not None, "only modules with a weight are called through this"
+        weight, bias = self.weight, parameters_of(self.module).get("bias")
         mask = False, weight.requires_grad, bias is not None and bias.requires_grad
         cast = self.split.cast(weight, aside.dtype)
         _, *made = self.operation.back(self.module, aside.gradient, aside.input, cast, mask)
@@ -267,6 +271,8 @@ class _TwoHalves(torch.autograd.Function):
         if later is not None and not is_going_on and goes_on_to(ctx.next_functions[_WEIGHT][0]):
             later.calls.append(PutAside(call, gradient, x.detach(), dtype))  # with x's graph all before would be kept
             mask = mask[0], False, False
+        if not is_going_on:
+            weight = call.weight  # of which a checkpoint gives back an alias, whose id is another's soon after
         cast = weight.to(dtype) if is_going_on and dtype is not None else call.split.cast(weight, dtype)
         return *call.operation.back(call.module, gradient, x, cast, mask), None, None
 
