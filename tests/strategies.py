@@ -28,7 +28,10 @@ def layouts(draw: st.DrawFn) -> Layout:
 
 @st.composite
 def schedules(draw: st.DrawFn) -> Schedule:
-    """A legal schedule: at each point a random one of the actions whose needs are met, or two of them at once."""
+    """A legal schedule: at each point a random one of the actions whose needs are met, or two of them at once.
+
+    Some have stages that are recomputed.
+    """
     layout = draw(layouts())
     slices = draw(st.sampled_from((1, 1, 1, 2, 3)))
     sequences = draw(st.integers(1, max(1, 4 // slices)))
@@ -42,7 +45,9 @@ def schedules(draw: st.DrawFn) -> Schedule:
             backward = ((I, W) if random.random() < splitting else (B,)) if trains else ()
             left += [Action(stage, kind, microbatch) for kind in (F, *backward)]
     empty = Schedule("random", layout, sequences * slices, (), slices=slices, microbatches_of=shares)
-    return ordered(empty, left, random)
+    again = random.choice((0.0, 0.0, 0.5, 1.0))
+    recomputed = [stage for stage in range(layout.stages) if random.random() < again]
+    return ordered(empty, left, random).recomputing(recomputed)
 
 
 def microbatches_of(layout: Layout, sequences: int, slices: int, random: Random) -> tuple[tuple[int, ...], ...]:
@@ -94,7 +99,7 @@ def tampered(draw: st.DrawFn) -> Schedule:
 @st.composite
 def _data_changed(draw: st.DrawFn, schedule: Schedule) -> Schedule:
     stages, microbatches = schedule.layout.stages, schedule.microbatches
-    match draw(st.sampled_from(("overlapped", "slices", "microbatches", "microbatches_of"))):
+    match draw(st.sampled_from(("overlapped", "slices", "microbatches", "microbatches_of", "recomputed"))):
         case "overlapped":
             everything = [action for order in schedule.orders for action in order] or [Action(0, F, 0)]
             strange = Action(draw(st.integers(0, stages)), draw(st.sampled_from(Kind)), draw(st.integers(0, 4)))
@@ -102,6 +107,8 @@ def _data_changed(draw: st.DrawFn, schedule: Schedule) -> Schedule:
             return replace(schedule, overlapped=schedule.overlapped ^ {changed})
         case "slices":
             return replace(schedule, slices=draw(st.integers(0, 3)))
+        case "recomputed":
+            return replace(schedule, recomputed=schedule.recomputed ^ {draw(st.integers(-1, stages))})
         case "microbatches":
             return replace(schedule, microbatches=draw(st.integers(0, 4)))
         case _:
@@ -193,6 +200,8 @@ def is_legal(schedule: Schedule) -> bool:
         if kinds not in ((["B", "F"], ["F", "I", "W"]) if trains else (["F"],)):
             return False
     if any(layout.rank_of[action.stage] != rank for rank, order in enumerate(schedule.orders) for action in order):
+        return False
+    if not schedule.recomputed <= set(range(layout.stages)):
         return False
     return schedule.overlapped <= set(everything) and _gets_to_the_end(schedule)
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 from hypothesis import given
 
@@ -15,6 +15,7 @@ def test_it_is_the_longest_chain_or_a_ranks_work_with_its_ways_in_and_out(
 ) -> None:
     schedule, costs = simulation
     everything = [action for order in schedule.orders for action in order]
+    duration = partial(costs.duration, recomputed=schedule.recomputed)
     users = {need: [a for a in everything if need in needs(a, schedule)] for need in everything}
 
     def delay(one: Action, other: Action) -> float:
@@ -23,16 +24,16 @@ def test_it_is_the_longest_chain_or_a_ranks_work_with_its_ways_in_and_out(
     @cache
     def way_in(action: Action) -> float:
         earlier = needs(action, schedule)
-        return max((way_in(need) + costs.duration(need) + delay(need, action) for need in earlier), default=0.0)
+        return max((way_in(need) + duration(need) + delay(need, action) for need in earlier), default=0.0)
 
     @cache
     def way_out(action: Action) -> float:
         later = users[action]
-        return max((delay(action, user) + costs.duration(user) + way_out(user) for user in later), default=0.0)
+        return max((delay(action, user) + duration(user) + way_out(user) for user in later), default=0.0)
 
-    chains = [way_in(action) + costs.duration(action) + way_out(action) for action in everything]
+    chains = [way_in(action) + duration(action) + way_out(action) for action in everything]
     ranks = [
-        min(map(way_in, order)) + sum(map(costs.duration, order)) + min(map(way_out, order))
+        min(map(way_in, order)) + sum(map(duration, order)) + min(map(way_out, order))
         for order in schedule.orders
         if order
     ]

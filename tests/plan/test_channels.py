@@ -56,7 +56,7 @@ def test_a_channel_per_edge_is_free_where_no_transfer_outlasts_an_action(simulat
     assume(not schedule.overlapped)
     edges = schedule.layout.edges
     delays = [costs.delay(*edge, schedule.layout) for edge in edges]
-    shortest = min(costs.duration(action) for order in schedule.orders for action in order)
+    shortest = min(costs.duration(action, schedule.recomputed) for order in schedule.orders for action in order)
     assume(max(delays, default=0.0) <= shortest)
     assert ends(simulate(schedule, costs, "edge")) == ends(simulate(schedule, costs))
 

@@ -37,6 +37,7 @@ def test_an_input_gradient_may_release_a_part() -> None:
         (Costs(transfer={(0, 1): 1}), "no transfer time for edge 1>2"),
         (Costs(transfer={(0, 1): 1, (1, 2): -1}), "-1 as transfer"),
         (Costs(released_by_input_gradient=1.5), "1.5 as released_by_input_gradient"),
+        (Costs(activation=(8, 8, 2), boundary=4), "stage 2 a boundary of 4 in an activation of 2"),
     ],
 )
 def test_costs_that_do_not_fit_are_refused(costs: Costs, says: str) -> None:

@@ -19,7 +19,7 @@ def test_work_says_of_every_action_what_the_rules_and_the_costs_say(simulation: 
     for action, number in everything:
         assert 0 <= place_of[action] <= number < numbers.size
         assert (place_of[action] == number) == (action.kind is not Kind.BACKWARD)
-        assert work[number].duration == costs.duration(action)
+        assert work[number].duration == costs.duration(action, schedule.recomputed)
         assert [(number + offset, delay) for offset, delay in work[number].needs] == [
             (place_of[need], costs.delay(need.stage, action.stage, schedule.layout)) for need in needs(action, schedule)
         ]

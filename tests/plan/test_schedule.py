@@ -26,6 +26,8 @@ def test_every_part_is_in_the_fingerprint() -> None:
         replace(schedule, overlapped=frozenset(schedule.orders[0][:1])),
         replace(schedule, overlapped=frozenset(schedule.orders[0][:2])),
         replace(schedule, slices=2),
+        schedule.recomputing(),
+        schedule.recomputing([1, 2]),
         replace(schedule, microbatches_of=((0, 1), (2, 3), ())),
         replace(schedule, microbatches_of=((0, 1), (2,), (3,))),
         schedule.with_layout(Layout((0, 1, 2), edges | {(0, 2)})),
@@ -50,3 +52,4 @@ def test_another_layout_keeps_the_orders() -> None:
 
 def test_describe() -> None:
     assert one_f_one_b(Layout.loop(1), 2).describe() == "one_f_one_b: 1 rank, 1 stage, 2 microbatches, 4 actions"
+    assert one_f_one_b(Layout.loop(2), 1).recomputing([1]).describe().endswith("4 actions, 1 stage recomputed")

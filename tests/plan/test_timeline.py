@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import chain, pairwise
 from random import Random
 
@@ -54,7 +55,7 @@ def test_recorded_spans_make_a_timeline(schedule: Schedule, seed: int) -> None:
 @given(schedules())
 def test_the_bubble_is_what_is_not_busy(schedule: Schedule) -> None:
     timeline = simulate(schedule)
-    work = sum(2 if action.kind is Kind.BACKWARD else 1 for order in schedule.orders for action in order)
+    work = sum(Costs().duration(action, schedule.recomputed) for order in schedule.orders for action in order)
     assert timeline.busy == work
     assert timeline.bubble == 1 - work / (timeline.makespan * schedule.layout.ranks)
     assert timeline.bubble_of_span == 1 - work / (timeline.span * schedule.layout.ranks)
@@ -86,14 +87,14 @@ def test_an_empty_timeline_is_all_zero() -> None:
 
 @given(schedules())
 def test_memory_is_what_has_begun_and_is_not_over(schedule: Schedule) -> None:
-    costs = Costs(activation=8.0, released_by_input_gradient=0.25)
-    timeline = simulate(schedule, costs)
+    costs = Costs(activation=8.0, released_by_input_gradient=0.25, boundary=3.0)
+    timeline, held = simulate(schedule, costs), partial(costs.held, recomputed=schedule.recomputed)
     for rank, groups in enumerate(at_once(schedule)):
         levels: list[float] = []
         for index, group in enumerate(groups):
             before = [action for earlier in groups[:index] for action in earlier]
             freed = sum(map(costs.released, before))
-            levels.append(sum(map(costs.held, [*before, *group])) - freed)
+            levels.append(sum(map(held, [*before, *group])) - freed)
             levels.append(levels[-1] - sum(map(costs.released, group)))
         changed = [level for earlier, level in pairwise([0.0, *levels]) if level != earlier]
         assert [level for _, level in timeline.memory(rank)] == changed

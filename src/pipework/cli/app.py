@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from pipework.cli.output import figures, print_comparison, print_json, require_folder, spans, write
-from pipework.cli.plans import known, load, save, search
+from pipework.cli.plans import Boundary, Recompute, known, load, recomputing, save, search
 from pipework.cli.terminal import print_timeline
 from pipework.errors import ScheduleError
 from pipework.plan import FAMILIES, Costs, Kind, Schedule, Timeline, simulate
@@ -124,6 +124,8 @@ def draw(  # noqa: PLR0913, PLR0917 - an option each
     input_gradient: Duration = 1.0,
     weight_gradient: Duration = 1.0,
     transfer: Duration = 0.0,
+    recompute: Recompute = None,
+    boundary: Boundary = 0.0,
     page: Page = None,
     trace_file: Annotated[
         Path | None, typer.Option("--trace", metavar="FILE", help="Also write a trace for ui.perfetto.dev.")
@@ -132,8 +134,9 @@ def draw(  # noqa: PLR0913, PLR0917 - an option each
     json: Json = False,
 ) -> None:
     """Draw a schedule as a grid of ranks over time. The durations are those of one stage's work on one microbatch."""
-    costs = Costs(forward, input_gradient, weight_gradient, transfer)
+    costs = Costs(forward, input_gradient, weight_gradient, transfer, boundary=boundary)
     schedule = load(family) or known(family).plan(known(family).layout(ranks, per_rank), microbatches, costs)
+    schedule = recomputing(schedule, recompute)
     timeline = simulate(schedule, costs)
     if save_file is not None:
         save(schedule, save_file)
@@ -159,6 +162,8 @@ def compare(  # noqa: PLR0913, PLR0917 - an option each
     input_gradient: Duration = 1.0,
     weight_gradient: Duration = 1.0,
     transfer: Duration = 0.0,
+    recompute: Recompute = None,
+    boundary: Boundary = 0.0,
     page: Page = None,
     json: Json = False,
 ) -> None:
@@ -169,18 +174,18 @@ def compare(  # noqa: PLR0913, PLR0917 - an option each
     """
 
     def costs(share: float) -> Costs:
-        return Costs(share * forward, share * input_gradient, share * weight_gradient, transfer, activation=share)
+        times = share * forward, share * input_gradient, share * weight_gradient, transfer
+        return Costs(*times, activation=share, boundary=boundary)
 
     timelines: dict[str, Timeline] = {}
     refused: dict[str, ScheduleError] = {}
     for name in dict.fromkeys(families or _training_families()):
         try:
-            schedule = _compared(name, ranks, microbatches, per_rank, costs)
+            schedule = recomputing(_compared(name, ranks, microbatches, per_rank, costs), recompute)
+            forwards = sum(action.kind is Kind.FORWARD for order in schedule.orders for action in order)
+            timelines[name] = simulate(schedule, costs(ranks * microbatches / forwards))
         except ScheduleError as error:
             refused[name] = error
-            continue
-        forwards = sum(action.kind is Kind.FORWARD for order in schedule.orders for action in order)
-        timelines[name] = simulate(schedule, costs(ranks * microbatches / forwards))
     if not timelines:
         raise next(iter(refused.values()))
     if page is not None:

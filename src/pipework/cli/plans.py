@@ -41,6 +41,25 @@ def save(schedule: Schedule, path: Path) -> None:
     _WRITERS[path.suffix](schedule, path)
 
 
+Recompute = Annotated[
+    str | None,
+    typer.Option(metavar="all|STAGE[,STAGE]...", help="Stages that drop their activations, and do the forward again."),
+]
+Boundary = Annotated[
+    float, typer.Option(min=0, metavar="NUMBER", help="What such a stage keeps: its inputs, in activations.")
+]
+
+
+def recomputing(schedule: Schedule, stages: str | None) -> Schedule:
+    """The schedule with the stages recomputed that `--recompute` names; without it, as it is."""
+    if stages is None:
+        return schedule
+    try:
+        return schedule.recomputing(None if stages == "all" else map(int, stages.split(",")))
+    except ValueError:
+        raise InputError(f"{stages!r} names no stages", remedy="write all, or numbers with commas between") from None
+
+
 def numbers(text: str) -> float | tuple[float, ...]:
     """One number, or several with commas between them.
 

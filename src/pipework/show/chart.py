@@ -154,10 +154,15 @@ class Chart:
         held = self.timeline.schedule.layout.held_by(rank)
         paths = (
             f'<path class="{kind.value} s{held.index(stage)}" data-stage="{stage}" data-needs="{needed}"'
-            f' data-microbatches="{_microbatches(bars)}" d="{self._path(bars)}"/>'
+            f' data-microbatches="{_microbatches(bars)}"{self._again(stage, kind)} d="{self._path(bars)}"/>'
             for (stage, kind, needed), bars in alike.items()
         )
         return f'<g data-rank="{rank}" transform="translate(0 {self._top(rank)})">{"".join(paths)}</g>'
+
+    def _again(self, stage: int, kind: Kind) -> str:
+        """Says of the backwards of a recomputed stage that they are."""
+        is_again = kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT) and stage in self.timeline.schedule.recomputed
+        return ' data-again=""' if is_again else ""
 
     def _bars(self, rank: int) -> Iterator[_Bar]:
         for spans in self.timeline.at_once(rank):

@@ -61,6 +61,7 @@ const describe = (bar, needed) => {
     `${nameOf(bar)}  ${legend.querySelector(`.${path.classList[0]} span`).textContent}`,
     `rank ${path.parentNode.dataset.rank}, stage ${path.dataset.stage}, microbatch ${microbatch}`,
     `${write(x)} to ${write(x + width)}, takes ${write(width)}`,
+    ...("again" in path.dataset ? ["does the forward again first"] : []),
     needed.length ? `needs ${needed.map(nameOf).join(", ")}` : "needs only its input",
   ];
 };
