@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipework.errors import InputError
-from pipework.plan import Action, Costs, Kind, Layout, Schedule, Span, Timeline, forward_only, one_f_one_b, simulate
+from pipework.plan import Action, Costs, Layout, Schedule, Span, Timeline, forward_only, one_f_one_b, simulate
 from tests.plan.test_simulate import simulations
 from tests.strategies import at_once, schedules
 

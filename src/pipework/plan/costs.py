@@ -28,8 +28,8 @@ class Costs:
     - `activation`: what one microbatch's forward keeps until its backward, in bytes; 1 counts microbatches.
     - `released_by_input_gradient`: the share of it, from 0 to 1, that the input gradient frees; the weight gradient
       frees the rest.
-    - `boundary`: of the activation, what a recomputed stage keeps of it between F and B (see `Schedule.recomputed`): the
-      tensors that it was given.
+    - `boundary`: of the activation, what the stage was given; all that a recomputed stage keeps between F and B (see
+      `Schedule.recomputing`).
     - `unit`: of all times, here and in a timeline of these costs: `"s"` for seconds, empty for plain counts.
 
     Raises ScheduleError for any other unit.

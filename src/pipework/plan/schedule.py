@@ -95,9 +95,9 @@ class Schedule:
     def recomputing(self, stages: Iterable[int] | None = None) -> Schedule:
         """The same orders where these stages, or all, are recomputed, and no others: less memory for more time.
 
-        Of a microbatch such a stage keeps between F and B what it was given, and nothing that it made; B, or I where the
-        backward is split, then takes the time of the forward as well. A stage that goes back at once after each forward,
-        as the last one does in 1F1B, gains nothing by it.
+        Between F and B such a stage keeps of a microbatch what it was given, and nothing that it made. B, or I where
+        the backward is split, does the forward again and takes its time as well; what W needs is kept from I to W, as
+        ever. A stage that goes back at once after each forward, as the last one in 1F1B, gains nothing by it.
 
         >>> from pipework.plan import Costs, one_f_one_b, simulate
         >>> schedule, costs = one_f_one_b(Layout.loop(3), microbatches=3), Costs(activation=8, boundary=1)

@@ -48,6 +48,9 @@ class Feed:
     label: Label | None = None
 
 
+Outputs = tuple[torch.Tensor, ...]
+
+
 class _End:
     """One stage's end of one edge."""
 
@@ -149,7 +152,7 @@ class StageRun:
         if self.split:
             self.split.forget()
 
-    def forward(self, microbatch: int, feed: Feed, received: Sequence[Tensors]) -> tuple[Kept, Tensors]:
+    def forward(self, microbatch: int, feed: Feed, received: Sequence[Tensors]) -> tuple[Kept, Outputs]:
         """Run the stage on what came over each incoming edge; gives what to keep, and the outputs."""
         inputs = feed.inputs[microbatch]
         taken: list[Any] = [inputs[position] for _, position in self.part.inputs]
@@ -168,7 +171,7 @@ class StageRun:
         self.buffers.renew()
         halves = self.halves.get(microbatch)
 
-        def run(*taken: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        def run(*taken: torch.Tensor) -> tuple[Outputs, torch.Tensor | None]:
             out = self.code(self.stage, *taken)
             return out, feed.finish(microbatch, [out[i] for i in self.results]) if self.is_last else None
 
@@ -182,7 +185,7 @@ class StageRun:
 
     def backward(self, kept: Kept, gradients: Sequence[Tensors]) -> None:
         """Go back from the loss and from what came back over each outgoing edge that returns gradients."""
-        roots: list[torch.Tensor | GradientEdge] = []
+        roots: list[Any] = []  # tensors, and edges of the graph
         seeds: list[torch.Tensor | None] = []
         returning = (end for end in self.outgoing if end.back)
         for end, came in zip(returning, gradients, strict=True):
