@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 import pipework
 from pipework import InputError
-from pipework.run.executor import StageRun
 from pipework.run.losses import Losses
+from pipework.run.stage_run import StageRun
 from pipework.verify import Report, _compared
 from tests.end_to_end.case import squared
 from tests.end_to_end.cases import CASES

@@ -8,218 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, final
 
-import torch
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-
 from pipework.plan import Action, Compute, Instruction, Kind, Layout, Program, Receive, Transfer
-from pipework.run.backward import Later, SplitBackward
-from pipework.run.buffers import WrittenBuffers
+from pipework.run.backward import Later
 from pipework.run.clock import Recording
 from pipework.run.labels import Label
 from pipework.run.layouts import Layouts
-from pipework.run.recompute import Recomputed, explained
-from pipework.run.tied import Spread, TiedStage
+from pipework.run.recompute import explained
+from pipework.run.stage_run import NOTHING, Backwards, Feed, Kept, StageRun
+from pipework.run.tied import Spread
 from pipework.run.transport import Arrival, Tensors, Transport, Wait
 from pipework.split.cut import Edge
-from pipework.split.draws import DrawKey, drawing_for
+from pipework.split.draws import drawing_for
 from pipework.split.pipe import Variant
 from pipework.split.stage import Stage
 
 SENDS_UNDER_WAY = 4
 """Messages of one edge that may be under way before the oldest is waited for; each holds its tensors in memory."""
-
-
-@dataclasses.dataclass(slots=True)
-class Feed:
-    """What one step works on, on one rank: the inputs by microbatch and position, and what becomes of the output."""
-
-    inputs: Sequence[Sequence[torch.Tensor | None]]
-    finish: Callable[
-        [int, Sequence[torch.Tensor]], torch.Tensor | None
-    ]  # (microbatch, results) -> loss to go back from
-    draw: DrawKey | None = None
-    recording: Recording | None = None
-    label: Label | None = None
-
-
-Outputs = tuple[torch.Tensor, ...]
-
-
-class _End:
-    """One stage's end of one edge."""
-
-    def __init__(self, edge: Edge, positions: Sequence[int]) -> None:
-        self.edge = edge
-        self.positions = tuple(positions)  # of the values among the stage's inputs or outputs
-        place = {wire.value: position for wire, position in zip(edge.values, positions, strict=True)}
-        self.back = tuple((place.get(wire.value, -1), wire) for wire in edge.gradients)
-        self.back_values = tuple(position for position, wire in self.back if not wire.parameter)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Kept:
-    """What a stage keeps of a microbatch between its forward and its backward."""
-
-    taken: list[torch.Tensor]
-    roots: tuple[GradientEdge | None, ...]  # of its outputs; these themselves are with those who need them
-    loss: torch.Tensor | None
-    gradients: dict[int, torch.Tensor]  # of what was taken, by position, as the backward left them
-    in_halves: bool  # whether weights can be left out of the backward
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Backwards:
-    """How one stage goes back: on which microbatches in two halves, and whether these come in two orders."""
-
-    split: frozenset[int]
-    reorders: bool
-    waited: set[int] = dataclasses.field(default_factory=set[int])  # parameters, by their ids, whose gradients did
-
-    @classmethod
-    def of(cls, stage: int, program: Program) -> Backwards:
-        """Read off what the program does with the stage."""
-        done = [i.action for i in program.instructions if isinstance(i, Compute) and i.action.stage == stage]
-        first = [a.microbatch for a in done if a.kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT)]
-        last = [a.microbatch for a in done if a.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)]
-        return cls(frozenset(a.microbatch for a in done if a.kind is Kind.WEIGHT_GRADIENT), first != last)
-
-
-class StageRun:
-    """A stage at work on this rank."""
-
-    def __init__(
-        self,
-        variant: Variant,
-        index: int,
-        stage: Stage,
-        device: torch.device,
-        trains: bool,
-        backwards: Backwards,
-        is_recomputed: bool,
-    ) -> None:
-        self.tied = TiedStage(index, stage, variant.ties if trains else ())
-        self.split = split = None
-        if backwards.split:
-            own = self.tied.own_parameters() if backwards.reorders else ()
-            self.split = split = SplitBackward(self.tied.stage, index, self.tied.leaves.values(), own, backwards.waited)
-        self.halves = dict.fromkeys(backwards.split, split) if split else {}  # by the microbatches that go back in two
-        self.buffers = WrittenBuffers(stage, variant.written_buffers if trains else ())
-        self.index, self.stage, self.code = index, self.tied.stage, variant.codes[index]
-        self.device, self.trains = device, trains
-        self.part = part = variant.cut.parts[index]
-        first = len(part.inputs)
-        self.incoming: list[_End] = []
-        for edge in (e for e in variant.cut.edges if e.target == index):
-            self.incoming.append(_End(edge, range(first, first + len(edge.values))))
-            first += len(edge.values)
-        self.outgoing = [
-            _End(edge, [part.outputs.index(w.value) for w in edge.values])
-            for edge in variant.cut.edges
-            if edge.source == index
-        ]
-        back = tuple(end.edge.target for end in self.outgoing if end.back)
-        self.sources = {  # the stages that each kind of action takes something from
-            Kind.FORWARD: tuple(end.edge.source for end in self.incoming),
-            Kind.BACKWARD: back,
-            Kind.INPUT_GRADIENT: back,
-            Kind.WEIGHT_GRADIENT: (),
-        }
-        self.is_last = part is variant.cut.parts[-1]
-        self.results = [part.outputs.index(value) for value in variant.cut.results] if self.is_last else []
-        draws = any(e.draw for e in part.entries) or any(
-            name == own or name.startswith(own + ".") for name in variant.drawing for own in part.modules
-        )
-        self.calls_before = variant.calls_before[index] if draws else None
-        self.recomputed = None
-        if is_recomputed:
-            self.recomputed = Recomputed(self.stage, variant.written_buffers, stage.replaced, draws)
-        self.alone: contextlib.AbstractContextManager[Any] = _casting if variant.casts else _NOTHING
-
-    def begin(self) -> None:
-        """At the start of a step."""
-        self.tied.refresh()
-        self.buffers.begin()
-
-    def end(self) -> None:
-        """At the end of a step, however it ended."""
-        self.buffers.settle()
-        if self.split:
-            self.split.forget()
-
-    def forward(self, microbatch: int, feed: Feed, received: Sequence[Tensors]) -> tuple[Kept, Outputs]:
-        """Run the stage on what came over each incoming edge; gives what to keep, and the outputs."""
-        inputs = feed.inputs[microbatch]
-        taken: list[Any] = [inputs[position] for _, position in self.part.inputs]
-        taken = [t if t.device == self.device else t.to(self.device, non_blocking=True) for t in taken]
-        for tensors in received:
-            taken += tensors
-        gradients: dict[int, torch.Tensor] = {}
-        if self.trains:
-            for end in self.incoming:
-                for position in end.back_values:
-                    # A view, since autocast casts a leaf that is none but once, and adds its gradients in that dtype.
-                    came = taken[position]
-                    taken[position] = (came if came.is_sparse else came.view_as(came)).requires_grad_()
-                    # Not read from `.grad`, which takes on the layout of the value: kernels choose by layout.
-                    taken[position].register_hook(partial(gradients.__setitem__, position))
-        self.buffers.renew()
-        halves = self.halves.get(microbatch)
-
-        def run(*taken: torch.Tensor) -> tuple[Outputs, torch.Tensor | None]:
-            out = self.code(self.stage, *taken)
-            return out, feed.finish(microbatch, [out[i] for i in self.results]) if self.is_last else None
-
-        with halves.at_work() if halves else _NOTHING:
-            out, loss = self.recomputed.forward(run, taken) if self.recomputed else run(*taken)
-        in_halves = halves is not None and halves.alone is not None
-        if halves:
-            halves.look_at(out if loss is None else (*out, loss))
-        roots = tuple([get_gradient_edge(t) if t.requires_grad else None for t in out]) if self.trains else ()
-        return Kept(taken, roots, loss, gradients, in_halves), out
-
-    def backward(self, kept: Kept, gradients: Sequence[Tensors]) -> None:
-        """Go back from the loss and from what came back over each outgoing edge that returns gradients."""
-        roots: list[Any] = []  # tensors, and edges of the graph
-        seeds: list[torch.Tensor | None] = []
-        returning = (end for end in self.outgoing if end.back)
-        for end, came in zip(returning, gradients, strict=True):
-            for (position, wire), gradient in zip(end.back, came, strict=True):
-                if gradient is None:
-                    continue
-                root = self.tied.leaves[wire.parameter] if wire.parameter else kept.roots[position]
-                if isinstance(root, GradientEdge) or (root is not None and root.requires_grad):
-                    roots.append(root)
-                    seeds.append(gradient)
-        for own in kept.taken[: len(self.part.inputs)]:
-            if own.requires_grad and own.is_leaf and own.grad is not None:
-                # Of an input of the model, from later stages: this stage's uses are added to it one by one.
-                roots.append(own)
-                seeds.append(own.grad)
-                own.grad = None
-        if kept.loss is not None and kept.loss.requires_grad:
-            roots.append(kept.loss)
-            seeds.append(None)
-        if roots:
-            torch.autograd.backward(roots, seeds)
-
-    def input_gradient(self, microbatch: int, kept: Kept, gradients: Sequence[Tensors]) -> Later:
-        """Go back as `backward` does, but leave the gradients of weights for later."""
-        halves = self.halves[microbatch]
-        with halves.at_work() if kept.in_halves else _NOTHING:
-            return halves.input_gradient(partial(self.backward, kept, gradients), kept.in_halves)
-
-    def returned(self, end: _End, kept: Kept) -> Tensors:
-        """The gradients that go back over an incoming edge, after the backward; None where nothing gave one."""
-        return [
-            self.tied.take_gradient(wire.parameter) if wire.parameter else kept.gradients.get(position)
-            for position, wire in end.back
-        ]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -414,7 +223,7 @@ class _Step:
         action, run = work
         kept = self.kept.pop(Action(action.stage, Kind.FORWARD, action.microbatch))
         gradients = self.arrived(run, action)
-        with run.alone, self.drawing(run, action), explained(action) if run.recomputed else _NOTHING:
+        with run.alone, self.drawing(run, action), explained(action) if run.recomputed else NOTHING:
             if action.kind is Kind.BACKWARD:
                 run.backward(kept, gradients)
             else:
@@ -440,17 +249,13 @@ class _Step:
 
     def drawing(self, run: StageRun, action: Action) -> contextlib.AbstractContextManager[None]:
         if run.calls_before is None or self.feed.draw is None:
-            return _NOTHING
+            return NOTHING
         return drawing_for(dataclasses.replace(self.feed.draw, microbatch=action.microbatch), run.calls_before)
 
 
-_NOTHING = contextlib.nullcontext()
 _DO: dict[Kind, Callable[[_Step, Any], None]] = {
     Kind.FORWARD: _Step.forward,
     Kind.BACKWARD: _Step.backward,
     Kind.INPUT_GRADIENT: _Step.backward,
     Kind.WEIGHT_GRADIENT: _Step.weight_gradient,
 }
-
-_casting = threading.Lock()
-"""Who leaves an autocast region empties a cache that all threads share: of a model with such regions one stage runs."""

@@ -20,7 +20,8 @@ import torch
 from typing_extensions import override
 
 from pipework.errors import InputError, TransportError
-from pipework.run.executor import Executor, Feed
+from pipework.run.executor import Executor
+from pipework.run.stage_run import Feed
 from pipework.run.transport import Threads, Transport
 from pipework.split.tape import Surroundings
 

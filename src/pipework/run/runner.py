@@ -16,7 +16,6 @@ from pipework.errors import InputError, PipeworkError
 from pipework.plan import Schedule, Timeline, check
 from pipework.run.checkpoint import load
 from pipework.run.clock import Recording
-from pipework.run.executor import Feed
 from pipework.run.graphs import Captured, copied
 from pipework.run.inputs import Batch, Inputs
 from pipework.run.labels import labels
@@ -24,6 +23,7 @@ from pipework.run.losses import Losses, LossWeight, shares
 from pipework.run.materialise import Initialize, initialize
 from pipework.run.plans import REFUSED, Plan, agree, fingerprint, plan, refuse_unplayable
 from pipework.run.ranks import ProcessRank, Ranks, ThreadRanks
+from pipework.run.stage_run import Feed
 from pipework.run.transport import refusing, together
 from pipework.split.draws import DrawKey, streams
 from pipework.split.microbatch import UNSAID, merge
