@@ -60,7 +60,7 @@ class Graphs:
         self._modules = {name: module for stage in stages for name, module in stage.named_modules()}
         self._parameters = list(dict.fromkeys(p for stage in stages for p in stage.parameters()))
         self._stream = torch.cuda.Stream(self._device)
-        self._pool = torch.cuda.graph_pool_handle()  # for all graphs: no two run at once
+        self._pool = torch.cuda.graph_pool_handle()  # for all graphs at hand: no two run at once
         self._seen: dict[Any, int] = {}
         self._draws: dict[Any, GraphDraws] = {}
         self.captured: dict[Any, Captured] = {}
@@ -121,6 +121,8 @@ class Graphs:
             memory = torch.cuda.memory_reserved(self._device) - reserved
             self.captured[key] = Captured(memory, graph, still, losses, gradients, draws)
         except Exception as error:
+            if not self.captured:
+                self._pool = torch.cuda.graph_pool_handle()
             first = (str(error).splitlines() or [""])[0]
             _warn(f"{self._place(error)} ({type(error).__name__}: {first})")
         finally:
@@ -176,6 +178,7 @@ class Graphs:
         state = self._state_now()
         if state != self._state:
             self._state = state
+            self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are gone cannot be used again
             for known in (self.captured, self._draws, self._seen):
                 known.clear()
 

@@ -76,8 +76,8 @@ class ThreadRanks(Ranks):
         for (_, device), own in self._streams.items():
             if device in callers:
                 callers[device].wait_stream(own)
-        if errors:  # those that only heard of another's failure say less than it does
-            raise next((e for e in errors if e.__cause__ not in errors or e.__cause__ is None), errors[0])
+        if errors:
+            raise next((error for error in errors if not _is_of_another(error)), errors[0])
 
     @contextlib.contextmanager
     def _beside(self, executor: Executor, callers: Mapping[torch.device, torch.cuda.Stream]) -> Iterator[None]:
@@ -89,6 +89,11 @@ class ThreadRanks(Ranks):
                 own.wait_stream(callers[device])
                 stack.enter_context(torch.cuda.stream(own))
             yield
+
+
+def _is_of_another(error: BaseException) -> bool:
+    """Whether a thread only heard of another's failure, of which it says less than that one does."""
+    return isinstance(error, TransportError) or "previous error during capture" in str(error)
 
 
 @final
