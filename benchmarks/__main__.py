@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import halves, host, imports, plan, search, stage_code, step
+from benchmarks import halves, host, imports, pipelines, plan, search, stage_code
 from benchmarks.sizes import BY_NAME
 
 
@@ -23,11 +23,14 @@ def main() -> None:
         print(stage_code.benchmark(BY_NAME["tiny"], repeats=3).markdown())
         print(halves.benchmark((BY_NAME["tiny"],), repeats=1, microbatches=1).markdown())
         print(host.benchmark(repeats=1, seconds=0.1).markdown())
-        print(step.benchmark([BY_NAME["minimal"], BY_NAME["tiny"]], repeats=1, seconds=0.1).markdown())
+        print(pipelines.benchmark(BY_NAME["minimal"], repeats=1, seconds=0.1, compiler="eager").markdown())
         return
-    for benchmark in (imports, plan, search, stage_code, halves, host, step):
+    for benchmark in (imports, plan, search, stage_code, halves, host):
         print(f"--- {benchmark.__name__}", flush=True)
         benchmark.benchmark().write()
+    here = pipelines.ranks_here()
+    for size in pipelines.usual_sizes(here):
+        pipelines.benchmark(size, here).write()
 
 
 if __name__ == "__main__":

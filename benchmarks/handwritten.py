@@ -1,4 +1,4 @@
-"""The GPT in two stages as its author would write them for torch.distributed.pipelining."""
+"""The GPT in stages as its author would write them for torch.distributed.pipelining."""
 
 from __future__ import annotations
 
@@ -8,37 +8,33 @@ from torch import Tensor, nn
 from examples.gpt import GPT
 
 
-class First(nn.Module):
-    """The embeddings and the blocks before `stop`."""
+class Stage(nn.Module):
+    """Some of the blocks, the embeddings before the first and the head after the last; all named as in the model."""
 
-    def __init__(self, model: GPT, stop: int) -> None:
+    def __init__(self, model: GPT, begin: int, end: int) -> None:
         super().__init__()
-        self.tokens, self.positions, self.dropout = model.tokens, model.positions, model.dropout
-        self.blocks = nn.ModuleDict({str(index): model.blocks[index] for index in range(stop)})
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.dropout(self.tokens(tokens) + self.positions(positions))
-        for block in self.blocks.values():
-            x = block(x)
-        return x
-
-
-class Last(nn.Module):
-    """The blocks from `start` on, and the head."""
-
-    def __init__(self, model: GPT, start: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleDict({str(index): model.blocks[index] for index in range(start, len(model.blocks))})
-        self.norm, self.head = model.norm, model.head
+        self.first, self.last = begin == 0, end == len(model.blocks)
+        if self.first:
+            self.tokens, self.positions, self.dropout = model.tokens, model.positions, model.dropout
+        self.blocks = nn.ModuleDict({str(index): model.blocks[index] for index in range(begin, end)})
+        if self.last:
+            self.norm, self.head = model.norm, model.head
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.first:
+            positions = torch.arange(x.shape[1], device=x.device)
+            x = self.dropout(self.tokens(x) + self.positions(positions))
         for block in self.blocks.values():
             x = block(x)
-        return self.head(self.norm(x))
+        return self.head(self.norm(x)) if self.last else x
 
 
-def stage(model: GPT, index: int) -> nn.Module:
-    """Stage 0 or 1; its parameters have the names they have in the model."""
-    middle = len(model.blocks) // 2
-    return First(model, middle) if index == 0 else Last(model, middle)
+def begins(blocks: int, stages: int) -> list[int]:
+    """The first block of each stage, and the number of blocks."""
+    return [blocks * index // stages for index in range(stages + 1)]
+
+
+def stage(model: GPT, index: int, stages: int) -> Stage:
+    """One stage of so many, with as many blocks as any other."""
+    bounds = begins(len(model.blocks), stages)
+    return Stage(model, bounds[index], bounds[index + 1])

@@ -19,21 +19,22 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import handwritten
+from benchmarks.contenders import Case, Contender, hand_written, ours
+from benchmarks.ranks import on_ranks
 from benchmarks.results import Result, alternated
 from benchmarks.sizes import BY_NAME, Size, loss
-from benchmarks.step import HAND_WRITTEN, OURS, SCHEDULES, Contender, hand_written, ours
-from tests.gloo import GlooPool
 
 CLAIM = (
     "Microseconds of processor time for one action (one microbatch's forward or backward of one stage), median over "
     "alternating repeats, 1F1B. By hand: the stage called and gone back through without a pipeline."
 )
-BY_HAND = "by hand"
+BY_HAND, OURS, PEER = "by hand", "pipework", "torch.distributed.pipelining"
+FAMILY = "one_f_one_b"
 
 
 def by_hand(size: Size, rank: int) -> Contender:
     """The stage of this rank without any pipeline: what a step cannot cost less than."""
-    module = handwritten.stage(size.model(), rank)
+    module = handwritten.stage(size.model(), rank, stages=2)
     x, target = size.batch()
     parts = list(zip(x.chunk(size.microbatches), target.chunk(size.microbatches), strict=True))
     crossing = torch.randn(size.sequences, size.context, size.width)
@@ -46,29 +47,28 @@ def by_hand(size: Size, rank: int) -> Contender:
                 received = crossing.clone().requires_grad_()
                 (loss(module(received), aim) / size.microbatches).backward()
 
-    return Contender(dict(module.named_parameters()), step)
+    return Contender(dict(module.named_parameters()), step, 2 * size.microbatches)
 
 
-def on_processes(group: dist.ProcessGroup, rank: int, name: str, repeats: int, seconds: float) -> dict[str, Any]:
-    size = BY_NAME[name]
-    plan_ours, plan_peer = SCHEDULES["1F1B"]
+def on_processes(group: dist.ProcessGroup, size: Size, repeats: int, seconds: float) -> dict[str, Any]:
+    case = Case(size, group)
     contenders = {
-        BY_HAND: by_hand(size, rank),
-        OURS: ours(size, plan_ours, group),
-        HAND_WRITTEN: hand_written(size, plan_peer, group),
+        BY_HAND: by_hand(size, case.rank),
+        OURS: ours(case, FAMILY, balanced=False),
+        PEER: hand_written(case, FAMILY),
     }
     return _measured(contenders, repeats, seconds, time.thread_time, partial(dist.barrier, group))
 
 
-def on_threads(name: str, repeats: int, seconds: float) -> dict[str, Any]:
-    size = BY_NAME[name]
-    contenders = {BY_HAND: _both(size), OURS: ours(size, SCHEDULES["1F1B"][0], None)}
+def on_threads(size: Size, repeats: int, seconds: float) -> dict[str, Any]:
+    contenders = {BY_HAND: _both(size), OURS: ours(Case(size), FAMILY, balanced=False)}
     return _measured(contenders, repeats, seconds, time.process_time, lambda: None)
 
 
 def _both(size: Size) -> Contender:
     first, last = by_hand(size, 0), by_hand(size, 1)
-    return Contender(first.parameters | last.parameters, lambda: (first.step(), last.step()))
+    actions = first.actions + last.actions
+    return Contender({**first.parameters, **last.parameters}, lambda: (first.step(), last.step()), actions)
 
 
 def _measured(
@@ -94,19 +94,15 @@ def _measured(
 
 def benchmark(size: Size = BY_NAME["minimal"], repeats: int = 7, seconds: float = 0.5) -> Result:
     torch.set_num_threads(1)
-    pool = GlooPool(ranks=2)
-    try:
-        ranks = pool.run(on_processes, size.name, repeats, seconds, limit=3600.0)
-    finally:
-        pool.close()
-    threads = on_threads(size.name, repeats, seconds)
+    ranks = on_ranks(on_processes, size, repeats, seconds)
+    threads = on_threads(size, repeats, seconds)
     per_rank, rows = 2 * size.microbatches, []
     cases = [(f"process {rank} of 2", found, per_rank) for rank, found in enumerate(ranks)]
     for where, found, actions in [*cases, ("2 threads", threads, 2 * per_rank)]:
         micro = {name: statistics.median(times) / actions * 1e6 for name, times in found.items()}
         beside = {name: f"{value:.0f} (+{value - micro[BY_HAND]:.0f})" for name, value in micro.items()}
-        rows.append([where, f"{micro[BY_HAND]:.0f}", beside[OURS], beside.get(HAND_WRITTEN, "-")])
-    columns = ["ranks", BY_HAND, "pipework", "torch.distributed.pipelining"]
+        rows.append([where, f"{micro[BY_HAND]:.0f}", beside[OURS], beside.get(PEER, "-")])
+    columns = ["ranks", BY_HAND, OURS, PEER]
     data = {"model": str(size), "repeats": repeats, "processor seconds": {where: found for where, found, _ in cases}}
     data["processor seconds"]["2 threads"] = threads
     return Result("host", CLAIM, columns, rows, data)

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import nn
 
 import pipework
+from benchmarks.ranks import on_ranks
 from benchmarks.results import Result
-from tests.gloo import GlooPool
 
 CLAIM = "MiB of each rank when two ranks load a model cut in two: its own share, and nothing of the other's."
 MIB = 2**20
@@ -81,7 +81,7 @@ class Counted:
         return tensor
 
 
-def on_rank(group: dist.ProcessGroup, rank: int, folder: str, layers: int, width: int) -> dict[str, Any]:
+def on_rank(group: dist.ProcessGroup, folder: str, layers: int, width: int) -> dict[str, Any]:
     import safetensors
 
     Counted.opens, safetensors.safe_open = safetensors.safe_open, Counted  # type: ignore[misc, assignment]
@@ -106,13 +106,9 @@ def on_rank(group: dist.ProcessGroup, rank: int, folder: str, layers: int, width
 
 
 def benchmark(layers: int = 38, width: int = 2048, files: int = 5) -> Result:
-    pool = GlooPool(ranks=2)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder), layers, width, files)
-            ranks = pool.run(on_rank, folder, layers, width, limit=600.0)
-    finally:
-        pool.close()
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), layers, width, files)
+        ranks = on_ranks(on_rank, folder, layers, width)
     keys = ("whole", "own", "read", "peak", "after")
     rows = [
         [str(rank), *(f"{found[key]:.0f}" for key in keys), f"{len(found['tensors'])} of {layers}"]

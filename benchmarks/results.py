@@ -8,12 +8,13 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+Name = TypeVar("Name", bound=Hashable)
 FOLDER = Path(__file__).parent / "results"
 
 
@@ -60,10 +61,10 @@ class Result:
 
 
 def alternated(
-    contenders: Mapping[str, Callable[[], float]], repeats: int, say: Callable[[str], None] = print
-) -> dict[str, list[float]]:
+    contenders: Mapping[Name, Callable[[], float]], repeats: int, say: Callable[[str], None] = print
+) -> dict[Name, list[float]]:
     """Times of each contender: A B C, A B C, ... so that whatever slows the machine for a while slows them alike."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[Name, list[float]] = {name: [] for name in contenders}
     for repeat in range(repeats):
         for name, measure in contenders.items():
             times[name].append(measure())
@@ -82,6 +83,7 @@ def facts() -> dict[str, Any]:
 
     import pipework
 
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(["python", "-m", *_called()]),
@@ -91,6 +93,8 @@ def facts() -> dict[str, Any]:
         "CPU": _processor(),
         "cores": os.cpu_count(),
         "threads of each process": 1,
+        "load of the last 1, 5 and 15 minutes": ", ".join(f"{load:.1f}" for load in os.getloadavg()),
+        **({"GPUs": ", ".join(gpus)} if gpus else {}),
     }
 
 
