@@ -85,6 +85,7 @@ class Contender:
     actions: int  # on all ranks: a microbatch's forward, backward or half a backward on one stage
     wrapped: bool = False  # the weights are not those that all share
     summed: dist.ProcessGroup | None = None  # its ranks' gradients only add up to those of the step
+    order: tuple[int, ...] | None = None  # of the microbatches, as their gradients are added up, if another than theirs
 
     def once(self) -> None:
         for parameter in self.parameters.values():
@@ -121,8 +122,18 @@ def ours(case: Case, family: str, balanced: bool, compiled: bool = False, graphs
         schedule = planned.build(pipe.layout(case.ranks, planned.place), size.microbatches)
     warnings.filterwarnings("ignore", message=".* is compiled and goes back in one piece")
     runner = pipework.Runner(pipe, schedule, loss=loss, group=case.group, **_captured_steps(case) if graphs else {})
+    step = lambda: runner.step(x, target=target)  # noqa: E731
     actions = sum(map(len, schedule.orders))
-    return Contender(dict(runner.named_parameters()), lambda: runner.step(x, target=target), actions)
+    return Contender(dict(runner.named_parameters()), step, actions, order=_order(schedule))
+
+
+def _order(schedule: pipework.Schedule) -> tuple[int, ...]:
+    """The order of microbatches in which every stage makes its weights' gradients."""
+    made = [
+        action for order in schedule.orders for action in order if action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
+    ]
+    (order,) = {tuple(a.microbatch for a in made if a.stage == stage) for stage in range(schedule.layout.stages)}
+    return order
 
 
 def _captured_steps(case: Case) -> dict[str, Any]:
@@ -250,13 +261,13 @@ def apart(case: Case) -> Contender:
     return Contender(dict(model.named_parameters()), step, 2 * size.microbatches, summed=group)
 
 
-def reference(case: Case, compiled: bool = False) -> Gradients:
-    """The unsplit model's gradients, on every rank."""
-    model = case.model(compiled)
-    _train(model, case.size.parts(case.device), case.size)
+def reference(case: Case, compiled: bool = False, order: tuple[int, ...] | None = None) -> Gradients:
+    """The unsplit model's gradients, on every rank; microbatches go in this order, or in their own."""
+    model, parts = case.model(compiled), case.size.parts(case.device)
+    model.zero_grad()
+    _train(model, [parts[microbatch] for microbatch in order or range(len(parts))], case.size)
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    for parameter in model.parameters():
-        parameter.grad = None
+    model.zero_grad()
     return found
 
 
