@@ -115,7 +115,7 @@ class Graphs:
         torch.cuda.empty_cache()
         reserved = torch.cuda.memory_reserved(self._device)
         try:
-            with draws.drawn_in(graph, self._device), torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            with draws.drawn_in(graph, self._device), torch.cuda.stream(self._stream), _refusing_waits():
                 losses = self._captured(graph, lambda: eager(still, True))
             gradients = {p: p.grad for p in self._parameters}
             memory = torch.cuda.memory_reserved(self._device) - reserved
@@ -181,6 +181,19 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are gone cannot be used again
             for known in (self.captured, self._draws, self._seen):
                 known.clear()
+
+
+@contextlib.contextmanager
+def _refusing_waits() -> Iterator[None]:
+    """Whoever makes the host wait for the GPU gets an error for it, before it spoils the capture for all threads."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # says once that not all waits are found, which spoil the capture then
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
