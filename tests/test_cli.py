@@ -135,6 +135,28 @@ def test_draw_prints_the_grid(capsys: Capture) -> None:
     ]
 
 
+def test_draw_recomputes_and_saves_it(capsys: Capture, tmp_path: Path) -> None:
+    size, plan = ["--ranks", "2", "--microbatches", "2"], str(tmp_path / "plan.json")
+    again = ["--recompute", "0", "--boundary", "0.25"]
+    grid = printed(capsys, "draw", "one_f_one_b", *size, *again, "--save", plan)
+    assert grid.splitlines() == [
+        "rank 0  F0F1....B0----B1----",
+        "rank 1  ..F0B0--F1B1--......",
+        "makespan 10, span 10, bubble 30.0 %, peak per rank 1.25 1",
+    ]
+    assert printed(capsys, "draw", plan, "--boundary", "0.25") == grid
+    verified = ("verify", f"{HERE}:four", "--schedule", plan)
+    assert "1 stage recomputed" in printed(capsys, *verified)
+    assert printed(capsys, "compare", plan, *size, "--boundary", "0.25").split()[-3:-1] == ["%", "1.25"]
+    assert json.loads(printed(capsys, "compare", "gpipe", *size, *again, "--json"))["schedules"][0]["peaks"] == [
+        1.25,
+        2,
+    ]
+    for stages, says in (("first", "names no stages"), ("2", "but there are 2 stages")):
+        assert main(["draw", "gpipe", *size, "--recompute", stages]) == 2
+        assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_draw_finds_the_stages_that_a_family_needs(capsys: Capture, family: str) -> None:
     drawn = json.loads(printed(capsys, "draw", family, "--ranks", "2", "--microbatches", "4", "--json"))

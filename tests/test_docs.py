@@ -13,7 +13,7 @@ from pipework.plan import FAMILIES
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("page", ["errors.md", "losses.md"])
+@pytest.mark.parametrize("page", ["errors.md", "losses.md", "recompute.md"])
 def test_the_examples_of_a_page_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = (DOCS / page).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
