@@ -45,9 +45,13 @@ def schedules(draw: st.DrawFn) -> Schedule:
             backward = ((I, W) if random.random() < splitting else (B,)) if trains else ()
             left += [Action(stage, kind, microbatch) for kind in (F, *backward)]
     empty = Schedule("random", layout, sequences * slices, (), slices=slices, microbatches_of=shares)
-    again = random.choice((0.0, 0.0, 0.5, 1.0))
-    recomputed = [stage for stage in range(layout.stages) if random.random() < again]
-    return ordered(empty, left, random).recomputing(recomputed)
+    return ordered(empty, left, random).recomputing(_some(range(layout.stages), random))
+
+
+def _some(stages: range, random: Random) -> list[int]:
+    """None of them, as often as not; else some, or all."""
+    share = random.choice((0.0, 0.0, 0.5, 1.0))
+    return [stage for stage in stages if random.random() < share]
 
 
 def microbatches_of(layout: Layout, sequences: int, slices: int, random: Random) -> tuple[tuple[int, ...], ...]:
@@ -233,7 +237,10 @@ def _gets_to_the_end(schedule: Schedule) -> bool:
 
 @st.composite
 def trainings(draw: st.DrawFn, stages: int, edges: frozenset[tuple[int, int]], microbatches: int) -> Schedule:
-    """A legal schedule for stages with these edges, placed anyhow on 1 to 4 ranks, some of its backwards split."""
+    """A legal schedule for stages with these edges, placed anyhow on 1 to 4 ranks.
+
+    Some of its backwards are split, and some of its stages recomputed.
+    """
     ranks = draw(st.integers(1, min(4, stages)))
     rank_of = draw(st.permutations([*range(ranks), *(draw(st.integers(0, ranks - 1)) for _ in range(stages - ranks))]))
     random = Random(draw(st.integers(0, 2**32)))
@@ -245,4 +252,4 @@ def trainings(draw: st.DrawFn, stages: int, edges: frozenset[tuple[int, int]], m
         for kind in (F, *((I, W) if random.random() < splitting else (B,)))
     ]
     empty = Schedule("random", Layout(tuple(rank_of), edges), microbatches, ())
-    return ordered(empty, left, random)
+    return ordered(empty, left, random).recomputing(_some(range(stages), random))

@@ -12,7 +12,7 @@ from torch import nn
 
 import pipework
 from examples.gpt import GPT, Config
-from pipework.plan import Schedule
+from pipework.plan import FAMILIES, Schedule
 from tests.end_to_end.case import crossed, token_batch
 from tests.families import PER_RANK
 from tests.run.pipes import equal, gradients
@@ -53,6 +53,42 @@ def test_threads_on_one_gpu_equal_the_unsplit_model(family: str) -> None:
         microbatches=MICROBATCHES,
     )
     assert report.equal, report.text()
+
+
+@one_gpu
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("family", ["gpipe", "one_f_one_b", "zero_bubble_h1"])
+def test_recomputed_stages_equal_the_unsplit_model(family: str, autocast: bool) -> None:
+    """With dropout: the second forward runs in a thread of autograd's own."""
+    inputs, target = batch("cuda")
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        report = pipework.verify(
+            GPT(Config(dropout=0.1)).cuda(),
+            (inputs,),
+            target=target,
+            loss=crossed,
+            schedule=lambda layout, microbatches: FAMILIES[family].build(layout, microbatches).recomputing(),
+        )
+    assert report.equal, report.text()
+
+
+@one_gpu
+def test_a_recomputed_stage_holds_one_activation() -> None:
+    """Of 8 microbatches the two stages hold 8 and 8 activations, 1 and 8, 1 and 1, as the allocator counts them."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)) for _ in range(8)))
+    x = torch.randn(8 * 4096, 512, device="cuda")
+    pipe = pipework.pipeline(model.cuda(), (x[:4096],), stages=2)
+    taken = list[float]()
+    for stages in ([], [0], [0, 1]):
+        schedule = pipework.schedules.gpipe(pipe.layout(2), 8).recomputing(stages)
+        runner = pipework.Runner(pipe, schedule, loss=nn.functional.mse_loss)
+        runner.step(x, target=x)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        runner.step(x, target=x)
+        taken.append(torch.cuda.max_memory_allocated() - before)
+    assert 0.5 * taken[0] < taken[1] < 0.6 * taken[0]  # and what is made on the way
+    assert taken[2] < 0.2 * taken[0]
 
 
 @one_gpu

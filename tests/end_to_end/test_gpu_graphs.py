@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -38,21 +38,34 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def runner_by(family: str, model: nn.Module, example: Tensor, loss: Any, **options: Any) -> Runner:
+def runner_by(
+    family: str, model: nn.Module, example: Tensor, loss: Any, recomputed: Sequence[int] = (), **options: Any
+) -> Runner:
     """On two ranks."""
     pipe = pipework.pipeline(model, (example,), stages=2 * PER_RANK[family])
     known = FAMILIES[family]
-    return Runner(pipe, known.build(pipe.layout(2, known.layout), MICROBATCHES), loss=loss, **options)
+    schedule = known.build(pipe.layout(2, known.layout), MICROBATCHES).recomputing(recomputed)
+    return Runner(pipe, schedule, loss=loss, **options)
 
 
 class Twins:
-    """A runner with graphs and one without, on twin models, which must stay equal whatever is done to both."""
+    """A runner with graphs and one without, on twin models, which must stay equal whatever is done to both.
 
-    def __init__(self, model: nn.Module, example: Tensor, loss: Any, family: str = "one_f_one_b") -> None:
+    The one with graphs may recompute stages.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        loss: Any,
+        family: str = "one_f_one_b",
+        recomputed: Sequence[int] = (),
+    ) -> None:
         self.models = [model.cuda(), copy.deepcopy(model).cuda()]
         self.runners = [
-            runner_by(family, module, example.cuda(), loss, graphs=graphs)
-            for module, graphs in zip(self.models, (True, False), strict=True)
+            runner_by(family, module, example.cuda(), loss, stages, graphs=graphs)
+            for module, stages, graphs in zip(self.models, (recomputed, ()), (True, False), strict=True)
         ]
         self.optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in self.models]
 
@@ -103,6 +116,15 @@ def test_training_is_that_of_steps_that_are_not_captured(family: str) -> None:
         twins.update()
     assert twins.captured == 1
     assert twins.runners[0].captured[0].memory > 0
+
+
+@pytest.mark.parametrize("family", ["gpipe", "one_f_one_b", "zero_bubble_h1"])
+def test_recomputed_stages_are_captured_with_what_they_draw(family: str) -> None:
+    twins = Twins(gpt(), tokens(0)[0][:2], crossed, family, recomputed=(0, 1))
+    for seed in range(5):
+        twins.step(*tokens(seed))
+        twins.update()
+    assert twins.captured == 1
 
 
 def test_a_replay_makes_the_host_wait_for_nothing() -> None:

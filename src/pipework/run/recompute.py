@@ -64,7 +64,9 @@ class Recomputed:
             finally:
                 _put_in(now)
 
-        result = checkpoint(run, *given, use_reentrant=False, preserve_rng_state=self._draws)
+        # While a CUDA graph is captured, a GPU's generator cannot be set; each stream has one of its own there.
+        is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        result = checkpoint(run, *given, use_reentrant=False, preserve_rng_state=self._draws and not is_captured)
         if not self._has_run:
             attributes = [values for _, values in before[len(self._tables) :]]
             changed = zip(self._counting, attributes, strict=True)

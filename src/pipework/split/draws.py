@@ -156,13 +156,16 @@ def drawing_for(key: DrawKey | None, calls_before: Mapping[str, int] | None = No
 def drawing_again() -> Callable[[], contextlib.AbstractContextManager[None]]:
     """What surrounds another run of the forward that is under way now, in a backward, maybe in a thread of its own."""
     key: DrawKey | None = getattr(_thread, "key", None)
+    state = torch.get_rng_state()  # the seed in it tells which stream was the last to begin
 
     @contextlib.contextmanager
     def again() -> Iterator[None]:
         before = getattr(_thread, "key", None)
         _thread.key = key
         try:
-            yield
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(state)
+                yield
         finally:
             _thread.key = before
 
