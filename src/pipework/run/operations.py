@@ -41,7 +41,7 @@ def _linear(module: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -
 def _linear_back(module: nn.Linear, gradient: Tensor, x: Tensor, weight: Tensor, mask: Mask) -> Gradients:
     flat = gradient.reshape(-1, module.out_features)
     return (
-        flat.mm(weight).view(x.shape) if mask[0] else None,
+        flat.mm(weight).view_as(x) if mask[0] else None,
         flat.t().mm(x.view(-1, module.in_features)) if mask[1] else None,
         flat.sum(0) if mask[2] else None,
     )
