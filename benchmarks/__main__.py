@@ -21,7 +21,7 @@ def main() -> None:
             search.benchmark(seconds=1.0, cases=[(name, given, None) for name, given in search.others()][:1]).markdown()
         )
         print(stage_code.benchmark(BY_NAME["tiny"], repeats=3).markdown())
-        print(halves.benchmark((BY_NAME["tiny"],), repeats=1, microbatches=1).markdown())
+        print(halves.benchmark((BY_NAME["tiny"],), starts=1, repeats=1, microbatches=1).markdown())
         print(host.benchmark(repeats=1, seconds=0.1).markdown())
         print(pipelines.benchmark(BY_NAME["minimal"], repeats=1, seconds=0.1, compiler="eager").markdown())
         return

@@ -1,14 +1,20 @@
 """A backward in two halves (I, then W) against the backward in one piece (B), on one stage of the demo's GPT.
 
-python -m benchmarks.halves [--repeats 51] [--microbatches 8]
+Each contender has a process of its own, as in training. In one process the first to come would leave its gradients in
+the heap among the other's memory, and by where they lie glibc gives more or less of it back to the system, to be mapped
+anew: up to a twentieth of the time. How a heap comes to lie is luck even so, and the processes start several times.
+
+    python -m benchmarks.halves [--starts 7] [--repeats 9] [--microbatches 8]
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import cache, partial
+from multiprocessing import get_context
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +25,13 @@ from pipework.run.backward import SplitBackward
 
 CLAIM = (
     "Milliseconds of processor time for one microbatch's backward, and for its forward and backward, on half the "
-    "blocks of the model, median over alternating repeats. Ratios are the time in two halves over that in one piece, "
-    "by repeat: median (least to greatest); 1.03 at most is wanted of I + W against B at the demo's size. What it "
-    "costs: some 10 microseconds of Python per module in I and W together, and about as many in F; and the gradients "
-    "that wait are memory that was not in the cache, or not even mapped: with glibc's trimming off "
-    "(MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ at 1000000000) the ratio at the demo's size is 1.04."
+    "blocks of the model, each contender in a process of its own; median over alternating repeats. Ratios are the time "
+    "in two halves over that in one piece, by repeat: median (least to greatest); 1.03 at most is wanted of I + W "
+    "against B at the demo's size. What it costs: some 10 microseconds of Python per module in I and W together, and "
+    "about as many in F, twice as many where the data of large layers leave no code in the cache; and the gradients "
+    "that wait go to memory and come back from it, instead of staying in the cache. The rest is luck: memory that "
+    "glibc gives back to the system after one microbatch and has mapped anew in the next, on either side. With that off "
+    "(MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ at 1000000000) the ratio at the demo's size is 1.04 to 1.05."
 )
 ONE_PIECE, TWO_HALVES = "B", "I + W"
 Times = tuple[float, float]
@@ -62,36 +70,53 @@ class Half:
         return end - middle, end - begin
 
 
-def averaged(call: Callable[[], Times], count: int) -> Times:
-    call()
-    times = [call() for _ in range(count)]
-    return sum(backward for backward, _ in times) / count, sum(both for _, both in times) / count
-
-
-def benchmark(sizes: tuple[Size, ...] = SIZES, repeats: int = 51, microbatches: int = 8) -> Result:
+@cache
+def half_of(size: Size) -> Half:
+    """One for each process."""
     torch.set_num_threads(1)
+    return Half(size)
+
+
+def averaged(name: str, size: Size, microbatches: int) -> Times:
+    half = half_of(size)
+    call = half.one_piece if name == ONE_PIECE else half.two_halves
+    call()
+    times = [call() for _ in range(microbatches)]
+    return sum(backward for backward, _ in times) / microbatches, sum(both for _, both in times) / microbatches
+
+
+def alternated(size: Size, starts: int, repeats: int, microbatches: int) -> dict[str, list[Times]]:
+    found: dict[str, list[Times]] = {ONE_PIECE: [], TWO_HALVES: []}
+    for _ in range(starts):
+        with ExitStack() as stack:
+            processes = {n: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for n in found}
+            for _ in range(repeats):
+                for name, times in found.items():
+                    times.append(processes[name].submit(averaged, name, size, microbatches).result())
+    return found
+
+
+def benchmark(sizes: tuple[Size, ...] = SIZES, starts: int = 7, repeats: int = 9, microbatches: int = 8) -> Result:
     rows, data = [], {}
     for size in sizes:
         print(size, flush=True)
-        half = Half(size)
-        found: dict[str, list[Times]] = {ONE_PIECE: [], TWO_HALVES: []}
-        for _ in range(repeats):
-            found[ONE_PIECE].append(averaged(half.one_piece, microbatches))
-            found[TWO_HALVES].append(averaged(half.two_halves, microbatches))
+        found = alternated(size, starts, repeats, microbatches)
         data[size.name] = found
         for what, place in (("backward", 0), ("forward and backward", 1)):
             whole, halves = ([times[place] for times in found[name]] for name in (ONE_PIECE, TWO_HALVES))
             rows.append([str(size), what, milliseconds(whole), milliseconds(halves), str(Ratio.of(halves, whole))])
     columns = ["model", "what", "in one piece", "in two halves", "two halves / one piece"]
-    return Result("halves", CLAIM, columns, rows, {"repeats": repeats, "microbatches": microbatches, "seconds": data})
+    counts = {"starts": starts, "repeats": repeats, "microbatches": microbatches}
+    return Result("halves", CLAIM, columns, rows, {**counts, "seconds": data})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=51)
+    parser.add_argument("--starts", type=int, default=7, help="of the two processes")
+    parser.add_argument("--repeats", type=int, default=9, help="for each start")
     parser.add_argument("--microbatches", type=int, default=8, help="timed together in one repeat")
     given = parser.parse_args()
-    benchmark(repeats=given.repeats, microbatches=given.microbatches).write()
+    benchmark(starts=given.starts, repeats=given.repeats, microbatches=given.microbatches).write()
 
 
 if __name__ == "__main__":
