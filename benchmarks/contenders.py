@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -70,6 +69,10 @@ class Case:
             block.compile(backend=self.compiler)
         return model
 
+    def on_gpu(self) -> None:
+        if self.device.type != "cuda":
+            raise NotThereError("needs a GPU")
+
     def processes(self) -> dist.ProcessGroup:
         if self.group is None:
             raise NotThereError("needs a process for each rank")
@@ -85,6 +88,7 @@ class Contender:
     actions: int  # on all ranks: a microbatch's forward, backward or half a backward on one stage
     wrapped: bool = False  # the weights are not those that all share
     summed: dist.ProcessGroup | None = None  # its ranks' gradients only add up to those of the step
+    unfit: Callable[[], str] = str  # after some steps, why it is not what it is called; empty if it is
     order: tuple[int, ...] | None = None  # of the microbatches, as their gradients are added up, if another than theirs
 
     def once(self) -> None:
@@ -110,6 +114,8 @@ class Contender:
 
 def ours(case: Case, family: str, balanced: bool, compiled: bool = False, graphs: bool = False) -> Contender:
     """A runner, its stages balanced by counted costs, or of as many blocks each as those written by hand."""
+    if graphs:
+        case.on_gpu()
     size, planned = case.size, FAMILIES[family]
     model, (x, target) = case.model(compiled), size.batch(case.device)
     stages, example = case.ranks * planned.per_rank, (x[: size.sequences],)
@@ -121,10 +127,11 @@ def ours(case: Case, family: str, balanced: bool, compiled: bool = False, graphs
         pipe = pipework.pipeline(model, example, split_spec=_cuts(size, stages, pipework.SplitPoint.BEGINNING))
         schedule = planned.build(pipe.layout(case.ranks, planned.place), size.microbatches)
     warnings.filterwarnings("ignore", message=".* is compiled and goes back in one piece")
-    runner = pipework.Runner(pipe, schedule, loss=loss, group=case.group, **_captured_steps(case) if graphs else {})
+    runner = pipework.Runner(pipe, schedule, loss=loss, group=case.group, graphs=graphs)
     step = lambda: runner.step(x, target=target)  # noqa: E731
     actions = sum(map(len, schedule.orders))
-    return Contender(dict(runner.named_parameters()), step, actions, order=_order(schedule))
+    unfit = lambda: "" if runner.captured or not graphs else "not there: these steps were not captured"  # noqa: E731
+    return Contender(dict(runner.named_parameters()), step, actions, unfit=unfit, order=_order(schedule))
 
 
 def _order(schedule: pipework.Schedule) -> tuple[int, ...]:
@@ -134,14 +141,6 @@ def _order(schedule: pipework.Schedule) -> tuple[int, ...]:
     ]
     (order,) = {tuple(a.microbatch for a in made if a.stage == stage) for stage in range(schedule.layout.stages)}
     return order
-
-
-def _captured_steps(case: Case) -> dict[str, Any]:
-    if "graphs" not in inspect.signature(pipework.Runner).parameters:
-        raise NotThereError("not there: this Runner knows no graphs=True")
-    if case.device.type != "cuda":
-        raise NotThereError("needs a GPU")
-    return {"graphs": True}
 
 
 def _cuts(size: Size, stages: int, point: Any) -> dict[str, Any]:
@@ -228,8 +227,7 @@ def one_device(case: Case, compiled: bool = False) -> Contender:
 
 def captured(case: Case) -> Contender:
     """The same as one CUDA graph."""
-    if case.device.type != "cuda":
-        raise NotThereError("needs a GPU")
+    case.on_gpu()
     eager = one_device(case)
     if case.rank > 0:
         return eager

@@ -63,6 +63,7 @@ ONE, ONE_COMPILED, ONE_CAPTURED = "one device", "one device, compiled blocks", "
 OF_PEER = (HAND_WRITTEN, TRACED, STAGES)
 LIKE = {OURS: HAND_WRITTEN, GRAPHS: HAND_WRITTEN, COMPILED: STAGES}
 BALANCED, EVEN = "balanced", "even"  # by counted costs, in any place; as many blocks each, as written by hand
+STEADY = 3  # the step from which on each is like the one before: caches are filled, graphs captured
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # where other kernels or another order round otherwise
 
 
@@ -166,8 +167,10 @@ class Ranks:
         before = self._allocated()
         try:
             contender = make(self.case)
-            contender.once()
-            contender.once()  # on GPUs the first may be another: caches fill, graphs are captured
+            for _ in range(STEADY):
+                contender.once()
+            if why := contender.unfit():
+                raise NotThereError(why)
             difference = _difference(contender.gradients(), expected(contender))
             seen = difference, self._peak(contender, before), contender.actions
             if not difference <= allowed:
