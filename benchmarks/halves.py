@@ -30,8 +30,9 @@ CLAIM = (
     "against B at the demo's size. What it costs: some 10 microseconds of Python per module in I and W together, and "
     "about as many in F, twice as many where the data of large layers leave no code in the cache; and the gradients "
     "that wait go to memory and come back from it, instead of staying in the cache. The rest is luck: memory that "
-    "glibc gives back to the system after one microbatch and has mapped anew in the next, on either side. With that off "
-    "(MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ at 1000000000) the ratio at the demo's size is 1.04 to 1.05."
+    "glibc gives back to the system after one microbatch and has mapped anew in the next, on either side. With that "
+    "off (MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ at 1000000000) the ratio at the demo's size is 1.04 to "
+    "1.05."
 )
 ONE_PIECE, TWO_HALVES = "B", "I + W"
 Times = tuple[float, float]
