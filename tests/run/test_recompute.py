@@ -59,9 +59,7 @@ def assert_equal(model: nn.Module, order: str, grad: bool = False, **also: Any) 
 @pytest.mark.parametrize("order", ["1F1B", "in halves, turned"])
 @pytest.mark.parametrize(
     "forward",
-    [
-        forward for forward in FORWARDS if forward.__name__ != "_leaked"
-    ],  # torch.func.grad refuses checkpoints
+    [forward for forward in FORWARDS if forward.__name__ != "_leaked"],  # torch.func.grad refuses checkpoints
     ids=lambda forward: forward.__name__,
 )
 def test_whatever_a_block_does_with_its_weights(forward: Forward, order: str) -> None:
