@@ -26,13 +26,11 @@ from pipework.run.backward import SplitBackward
 CLAIM = (
     "Milliseconds of processor time for one microbatch's backward, and for its forward and backward, on half the "
     "blocks of the model, each contender in a process of its own; median over alternating repeats. Ratios are the time "
-    "in two halves over that in one piece, by repeat: median (least to greatest); 1.03 at most is wanted of I + W "
-    "against B at the demo's size. What it costs: some 10 microseconds of Python per module in I and W together, and "
-    "about as many in F, twice as many where the data of large layers leave no code in the cache; and the gradients "
-    "that wait go to memory and come back from it, instead of staying in the cache. The rest is luck: memory that "
-    "glibc gives back to the system after one microbatch and has mapped anew in the next, on either side. With that "
-    "off (MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ at 1000000000) the ratio at the demo's size is 1.04 to "
-    "1.05."
+    "in two halves over that in one piece, by repeat: median (least to greatest). 1.03 at most is wanted of I + W "
+    "against B at the demo's size, and is not reached there: other runs of the same script gave 1.04 to 1.07, and so "
+    "they did with glibc's trimming off (MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ at 1000000000). What it "
+    "costs: some 10 microseconds of Python per module in I and W together, and about as many in F, or twice as many at "
+    "the demo's size; and gradients that wait are read again when other data have been through the cache."
 )
 ONE_PIECE, TWO_HALVES = "B", "I + W"
 Times = tuple[float, float]
