@@ -245,14 +245,6 @@ def test_what_cannot_be_captured_runs_as_ever_and_is_named_once(block: type[nn.M
     assert memory[-1] == memory[5]
 
 
-def test_a_model_on_the_cpu_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    pipe = pipework.pipeline(model, (torch.ones(2, 4),), stages=2)
-    plan = pipework.schedules.gpipe(pipe.layout(ranks=2), MICROBATCHES)
-    with pytest.raises(InputError, match="graphs=True"):
-        Runner(pipe, plan, loss=squared, graphs=True).step(torch.ones(8, 4), target=torch.ones(8, 4))
-
-
 def over_nccl(rank: int, store: str, family: str) -> None:
     """Two processes on one GPU, which NCCL takes for two hosts."""
     import torch.distributed as dist
