@@ -323,7 +323,7 @@ def _host(one: Mapping[str, Any], apart: Mapping[str, Any] | None, ranks: int, o
     """Microseconds of the host for an action."""
     if on_cuda:
         return f"{statistics.median(one['returned']) * ranks / one['actions'] * 1e6:.0f}"
-    if apart is None or one["kind"] in (ONE_COMPILED, APART):
+    if apart is None or one["kind"] in (ONE, ONE_COMPILED, APART):
         return "-"
     beyond = [a - b for a, b in zip(one["busy"], apart["busy"], strict=True)]
     return f"{statistics.median(beyond) / one['actions'] * 1e6:.0f}"
