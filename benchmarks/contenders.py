@@ -112,7 +112,9 @@ class Contender:
 # ---------------------------------------------------------------------- pipework
 
 
-def ours(case: Case, family: str, balanced: bool, compiled: bool = False, graphs: bool = False) -> Contender:
+def ours(
+    case: Case, family: str, balanced: bool, compiled: bool = False, whole: bool = False, graphs: bool = False
+) -> Contender:
     """A runner, its stages balanced by counted costs, or of as many blocks each as those written by hand."""
     if graphs:
         case.on_gpu()
@@ -126,7 +128,9 @@ def ours(case: Case, family: str, balanced: bool, compiled: bool = False, graphs
     else:
         pipe = pipework.pipeline(model, example, split_spec=_cuts(size, stages, pipework.SplitPoint.BEGINNING))
         schedule = planned.build(pipe.layout(case.ranks, planned.place), size.microbatches)
-    warnings.filterwarnings("ignore", message=".* is compiled and goes back in one piece")
+    if whole:
+        pipe.compile(backend=case.compiler)
+    warnings.filterwarnings("ignore", message="compiled code has one backward for all")
     runner = pipework.Runner(pipe, schedule, loss=loss, group=case.group, graphs=graphs)
     step = lambda: runner.step(x, target=target)  # noqa: E731
     actions = sum(map(len, schedule.orders))

@@ -41,7 +41,7 @@ class Half:
 
     def __init__(self, size: Size) -> None:
         self.blocks = nn.Sequential(*size.model().blocks[: size.blocks // 2])
-        self.split = SplitBackward(self.blocks, 0)
+        self.split = SplitBackward(self.blocks)
         shape = size.sequences, size.context, size.width
         self.x, self.seed = torch.randn(shape), torch.randn(shape)
 

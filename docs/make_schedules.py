@@ -38,7 +38,7 @@ gradients cannot be split off. If stages cost unlike, `pipework search` finds an
 
 Splitting the backward changes no number. What is split off are the weight gradients of `Linear`, `Conv` and `Embedding`
 modules. Those of other modules come with the input gradient, and so do those of a weight that is used in other ways
-too, of a block that is compiled, and of parameters with hooks or shared between stages.
+too, of compiled code, and of parameters with hooks or shared between stages.
 """
 
 

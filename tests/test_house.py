@@ -233,6 +233,8 @@ def test_private_names_of_torch_exist() -> None:
         torch.autograd.profiler,
     ]
     things += [torch.distributed.ProcessGroup, torch.distributed.ProcessGroupGloo._Options()]
+    things += [torch.compile(print), torch.compile(torch.nn.Linear(1, 1)), torch.compiler.disable(print)]
+    things += [module.compiler()]
     owners = [*things, *vars(module).values()]
     used = [name for _, dotted in attributes(ast.parse(text)) for name in dotted.split(".")[1:] if is_private(name)]
     quoted = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]

@@ -26,6 +26,7 @@ from pipework.split.marks import SplitPoint
 from pipework.split.microbatch import UNSAID, chunk, merge
 from pipework.split.pipe import Pipe, pipeline
 from pipework.split.points import CutPoints
+from pipework.split.torch_private import compile_like, is_compiled_in_place
 from pipework.split.trees import map_leaves, named_leaves
 
 if TYPE_CHECKING:
@@ -97,7 +98,9 @@ def verify(  # noqa: PLR0913 (one for each thing that a user may vary)
 
     `args`, `kwargs` and `target` are one whole batch. The step runs on copies of the model, which stays as it is.
     Ranks are threads of this process, or the processes of `group`, each of which makes the same call and gets the
-    same report. The model's mode counts: in train mode dropout is compared too.
+    same report. The model's mode counts: in train mode dropout is compared too. What is compiled in the model is
+    compiled in both copies, so that the reference is the compiled model; stages compiled as a whole (`Pipe.compile`)
+    are not compared here.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(), torch.nn.Linear(8, 2))
     >>> batch, target = torch.ones(8, 4), torch.zeros(8, 2)
@@ -110,7 +113,7 @@ def verify(  # noqa: PLR0913 (one for each thing that a user may vary)
     gradient           4         4                     0
     bitwise equal to the unsplit model
     """
-    pipelined, reference = copy.deepcopy(model), copy.deepcopy(model)
+    pipelined, reference = _copied(model), _copied(model)
     for twin in (pipelined, reference):
         twin.zero_grad(set_to_none=True)
     if isinstance(schedule, Schedule):
@@ -144,6 +147,15 @@ def verify(  # noqa: PLR0913 (one for each thing that a user may vary)
     comparisons = dict.fromkeys(c for told in runner.exchange(found) for c in told)
     order = {"loss": 0, "output": 1, "gradient": 2, "buffer": 3}
     return Report(plan.describe(), tuple(sorted(comparisons, key=lambda c: order[c.kind])))
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy whose modules are compiled where the model's are, which a plain copy would forget."""
+    found = copy.deepcopy(model)
+    for module, twin in zip(model.modules(), found.modules(), strict=True):
+        if is_compiled_in_place(module):
+            compile_like(module, twin)
+    return found
 
 
 def _inputs(arguments: Arguments) -> list[tuple[str, torch.Tensor]]:

@@ -26,7 +26,7 @@ from tests.split.equality import before
 
 def seen(module: nn.Module, x: Tensor) -> SplitBackward:
     """After a first forward, which tells who uses what."""
-    split = SplitBackward(module, 0)
+    split = SplitBackward(module)
     with split.at_work():
         split.look_at([module(x)])
     return split
@@ -429,14 +429,6 @@ def test_a_weight_that_the_loss_uses_too() -> None:
     for rows, aim in zip(x.chunk(4), target.chunk(4), strict=True):
         (loss(reference)(reference(rows), aim) / 4).backward()
     assert equal(gradients(model), gradients(reference))
-
-
-@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
-def test_a_compiled_block_goes_back_in_one_piece_and_says_so() -> None:
-    model = model_of(_plain)
-    model[1] = torch.compile(model[1], backend="aot_eager")
-    with pytest.warns(UserWarning, match=r"stage 1: the block '1' is compiled"):
-        assert_equal(model)
 
 
 def test_the_model_is_as_it_was_after_a_step_and_after_a_failure() -> None:

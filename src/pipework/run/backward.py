@@ -8,15 +8,15 @@ alone and puts its two operands aside; the weight gradient (W) is the rest, one 
     I      dx = dy w              and (dy, x) is put aside
     W      dw = dyᵀ x, db = Σ dy  added to w.grad and b.grad
 
-Every other parameter gets its gradient with I, and so does a weight that anything else uses too (a loss, a function):
-its gradients must be added up in autograd's own order. The first microbatch's forward runs as ever, and its graph tells
-who uses what. Where I's would be added to `.grad` in another order of microbatches than W's, they wait for W too.
+Every other parameter gets its gradient with I, and so does a weight in compiled code, and one that anything else uses
+too (a loss, a function): its gradients must be added up in autograd's own order. The first microbatch's forward runs as
+ever, and its graph tells who uses what. Where I's would be added to `.grad` in another order of microbatches than W's,
+they wait for W too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -30,7 +30,6 @@ from pipework.split.torch_private import (
     functorch_active,
     goes_on_to,
     has_gradient_hooks,
-    is_compiled,
     no_view,
     parameters_of,
     version_of,
@@ -62,27 +61,30 @@ class SplitBackward:
     `tied` are the parameters that other stages use too, which must have their gradient with I. Those in `held_back`
     get theirs with W even so, because some microbatches' I and W come in different orders. So does a parameter whose
     gradient waited in one microbatch and cannot in another: it might overtake the first. `waited` has the ids of those
-    that waited, for all variants of the stage.
+    that waited, for all variants of the stage. `compiled` are the modules that run in compiled code, which has one
+    backward for all: `in_compiled` has those of them whose weight gradient would have waited.
     """
 
     def __init__(
         self,
         stage: nn.Module,
-        index: int,
         tied: Collection[Tensor] = (),
         held_back: Sequence[nn.Parameter] = (),
         waited: set[int] | None = None,
+        compiled: Collection[str] = (),
     ) -> None:
         self._held_back = held_back
         self.waited = set[int]() if waited is None else waited
         self._came_with_input: dict[int, nn.Parameter] = {}  # the gradient did, in some microbatch
         self._cast: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
-        self._calls = [
-            _Call(self, module, operation)
-            for module in _outside_compiled(stage, index)
+        could = [
+            (name, module, operation)
+            for name, module in stage.named_modules()
             for operation in OPERATIONS
             if _can_wait(module, operation, tied)
         ]
+        self.in_compiled = [name for name, *_ in could if name in compiled]
+        self._calls = [_Call(self, module, operation) for name, module, operation in could if name not in compiled]
         self.alone: set[nn.Module] | None = None  # modules whose parameters nobody else uses; None until seen
         self.later: Later | None = None  # while an input gradient is being made
 
@@ -339,23 +341,6 @@ def _all_plain(parameters: Mapping[str, nn.Parameter | None]) -> bool:
             return False
     weight = parameters["weight"]
     return weight is not None and weight.requires_grad
-
-
-def _outside_compiled(stage: nn.Module, index: int) -> Iterator[nn.Module]:
-    """The stage's modules, each once, without those that are compiled, which have one backward for all."""
-    inside: set[nn.Module] = set()
-    for name, module in stage.named_modules():
-        if module in inside:
-            continue
-        if is_compiled(module):
-            inside.update(module.modules())
-            warnings.warn(
-                f"stage {index}: the block {name!r} is compiled and goes back in one piece: its weight gradients are "
-                "made with its input gradient (I), and W has nothing left to do for it",
-                stacklevel=2,
-            )
-            continue
-        yield module
 
 
 def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -79,6 +80,7 @@ class Executor:
         self._channels = {pair: number for number, pair in enumerate(sorted(layout.edges))}
         self._in_order = [self._bound(instruction) for instruction in program.instructions]
         self._program = self._in_order  # until it is known how gradients are laid out
+        self.alone = any(variant.casts or any(variant.compiled) for variant in variants)
         ties = variants[0].ties if trains and not transport.in_one_process else ()
         self._spread = Spread(ties, layout, stages, transport, channel=2 * len(self._channels))
 
@@ -183,6 +185,7 @@ class _Step:
 
     def __init__(self, executor: Executor, feed: Feed) -> None:
         self.executor, self.feed = executor, feed
+        self.alone: contextlib.AbstractContextManager[Any] = _one if feed.alone or executor.alone else NOTHING
         self.kept: dict[Action, Kept] = {}
         self.later: dict[Action, Later] = {}
         self.arrivals: dict[tuple[int, int, int], Arrival] = {}
@@ -212,7 +215,7 @@ class _Step:
     def forward(self, work: tuple[Action, StageRun]) -> None:
         action, run = work
         received = self.arrived(run, action)
-        with run.alone, self.drawing(run, action):
+        with self.alone, self.drawing(run, action):
             kept, out = run.forward(action.microbatch, self.feed, received)
         if self.executor.trains:
             self.kept[action] = kept
@@ -223,7 +226,7 @@ class _Step:
         action, run = work
         kept = self.kept.pop(Action(action.stage, Kind.FORWARD, action.microbatch))
         gradients = self.arrived(run, action)
-        with run.alone, self.drawing(run, action), explained(action) if run.recomputed else NOTHING:
+        with self.alone, self.drawing(run, action), explained(action) if run.recomputed else NOTHING:
             if action.kind is Kind.BACKWARD:
                 run.backward(kept, gradients)
             else:
@@ -259,3 +262,10 @@ _DO: dict[Kind, Callable[[_Step, Any], None]] = {
     Kind.INPUT_GRADIENT: _Step.backward,
     Kind.WEIGHT_GRADIENT: _Step.weight_gradient,
 }
+
+_one = threading.Lock()
+"""One stage of this process computes at a time where what it does reaches into other threads.
+
+Who leaves an autocast region empties a cache that all threads share. Who compiles puts back the generators that all
+share, over what others draw meanwhile, and replaces methods of `nn.Module` while others call them.
+"""

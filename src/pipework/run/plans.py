@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipework.errors import InputError, MismatchError, ScheduleError
 from pipework.plan import Program, Schedule, check, forward_only, lower
 from pipework.run.executor import Executor
 from pipework.run.graphs import Graphs
+from pipework.run.stage_run import StageRun
 from pipework.run.transport import Transport, together
 from pipework.split.pipe import Pipe, Variant
 
@@ -62,13 +64,38 @@ def plan(
     )
     number = int(hashlib.sha256(f"{fingerprint(variants)} {trains}".encode()).hexdigest()[:15], 16)
     drawing = {name: called for variant in dict.fromkeys(variants) for name, called in variant.drawing.items()}
-    stages = [run.stage for executor in executors for run in executor.runs] if drawing else []
-    modules = {name: module for stage in stages for name, module in stage.named_modules()}
+    runs = [run for executor in executors for run in executor.runs]
+    modules = {name: module for run in runs for name, module in run.stage.named_modules()} if drawing else {}
+    in_one_stream = {name for run in runs if "" in run.compiled for name in run.compiled}
+    watched = {name: called for name, called in drawing.items() if name not in in_one_stream}
+    _warn_of_compiled(runs, variants)
     whole: Graphs | None = None
     if graphs and trains:
         held = [pipe.get_stage_module(index) for executor in executors for index in executor.devices]
         whole = Graphs(held, {device for executor in executors for device in executor.devices.values()})
-    return Plan(schedule, tuple(variants), executors, drawing, modules, number, graphs=whole)
+    return Plan(schedule, tuple(variants), executors, watched, modules, number, graphs=whole)
+
+
+def _warn_of_compiled(runs: Sequence[StageRun], variants: Sequence[Variant]) -> None:
+    """Say what of the author's wish to compile, or of the schedule's to split backwards, cannot be had."""
+    where = next((variant.compiled_trunk for variant in variants if variant.compiled_trunk), "")
+    if where and any("" not in run.compiled for run in runs):
+        warnings.warn(
+            f"compiled code in {where} runs uncompiled: a cut lies in it, or it is called between the modules that "
+            "stay whole, so that stages make its calls one by one; compile the stages (pipe.compile()), or cut between "
+            "compiled modules",
+            stacklevel=2,
+        )
+    found = [f"{name!r} of stage {run.index}" for run in runs if run.split for name in run.split.in_compiled]
+    inside = list(dict.fromkeys(found))
+    if inside:
+        first = ", ".join(inside[:3]) + f" and {len(inside) - 3} more" * (len(inside) > 3)
+        warnings.warn(
+            f"compiled code has one backward for all: the weight gradients of {first} are made with the input gradient "
+            "(I), and W has nothing left to do for them; compile what lies between the Linear, Conv and Embedding "
+            "modules, or run a schedule that does not split the backward",
+            stacklevel=2,
+        )
 
 
 def refuse_unplayable(schedule: Schedule) -> None:

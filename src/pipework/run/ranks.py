@@ -10,6 +10,7 @@ Where ranks are threads, each has GPU streams of its own, between what the calle
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,7 +72,8 @@ class ThreadRanks(Ranks):
                 self.ends[executor.rank].fail(error)
                 raise
 
-        futures = [self._pool.submit(play, executor) for executor in executors]
+        # In a context of its own with the caller's values: the compiler's settings are among them.
+        futures = [self._pool.submit(contextvars.copy_context().run, play, executor) for executor in executors]
         errors = [error for future in futures if (error := future.exception()) is not None]
         for (_, device), own in self._streams.items():
             if device in callers:

@@ -28,6 +28,7 @@ from pipework.run.transport import refusing, together
 from pipework.split.draws import DrawKey, streams
 from pipework.split.microbatch import UNSAID, merge
 from pipework.split.pipe import Pipe
+from pipework.split.torch_private import is_compiled
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -223,7 +224,8 @@ class Runner:
         divisor = self.schedule.microbatches if self._scale_loss else 1
         keep = self.keep_outputs or not trains
         losses = Losses(self._loss, trains, divisor, batch.targets, batch.shares, made.variants, keep)
-        feed = Feed(batch.inputs, losses.finish, draw, recording, None if is_captured else labels())
+        label = None if is_captured else labels()
+        feed = Feed(batch.inputs, losses.finish, draw, recording, label, alone=is_compiled(self._loss))
         with streams(made.modules, made.drawing):
             self._ranks.run(made.executors, feed, is_captured)
         return losses

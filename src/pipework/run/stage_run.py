@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -27,9 +26,6 @@ from pipework.split.stage import Stage
 
 NOTHING = contextlib.nullcontext()
 
-_casting = threading.Lock()
-"""Who leaves an autocast region empties a cache that all threads share: of a model with such regions one stage runs."""
-
 
 @dataclasses.dataclass(slots=True)
 class Feed:
@@ -42,6 +38,7 @@ class Feed:
     draw: DrawKey | None = None
     recording: Recording | None = None
     label: Label | None = None
+    alone: bool = False  # no two ranks of this process may compute at a time
 
 
 Outputs = tuple[torch.Tensor, ...]
@@ -103,7 +100,8 @@ class StageRun:
         self.split = split = None
         if backwards.split:
             own = self.tied.own_parameters() if backwards.reorders else ()
-            self.split = split = SplitBackward(self.tied.stage, index, self.tied.leaves.values(), own, backwards.waited)
+            leaves, compiled = self.tied.leaves.values(), variant.compiled[index]
+            self.split = split = SplitBackward(self.tied.stage, leaves, own, backwards.waited, compiled)
         self.halves = dict.fromkeys(backwards.split, split) if split else {}  # by the microbatches that go back in two
         self.buffers = WrittenBuffers(stage, variant.written_buffers if trains else ())
         self.index, self.stage, self.code = index, self.tied.stage, variant.codes[index]
@@ -135,7 +133,7 @@ class StageRun:
         self.recomputed = None
         if is_recomputed:
             self.recomputed = Recomputed(self.stage, variant.written_buffers, stage.replaced, draws)
-        self.alone: contextlib.AbstractContextManager[Any] = _casting if variant.casts else NOTHING
+        self.compiled = variant.compiled[index]
 
     def begin(self) -> None:
         """At the start of a step."""

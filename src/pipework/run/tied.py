@@ -21,7 +21,7 @@ from pipework.split.cut import Wire
 from pipework.split.preserve import simple_attributes
 from pipework.split.stage import Stage
 from pipework.split.ties import NO_VALUE, Tie
-from pipework.split.torch_private import children_of, parameters_of, shallow_copy
+from pipework.split.torch_private import children_of, compile_like, parameters_of, shallow_copy
 
 
 @final
@@ -45,8 +45,9 @@ class TiedStage:
         if not any(id(parameter) in twins for parameter in module.parameters()):
             return module
         parameters = {name: twins.get(id(p), p) for name, p in parameters_of(module).items()}
-        children = {name: child and self._copied(child, twins) for name, child in children_of(module).items()}
-        copy = shallow_copy(module, parameters, children, lambda p: twins.get(id(p), p))
+        # A compiled module may have a length of its own, by which `and` would go, and refuse to say it.
+        children = {n: None if c is None else self._copied(c, twins) for n, c in children_of(module).items()}
+        copy = compile_like(module, shallow_copy(module, parameters, children, lambda p: twins.get(id(p), p)))
         self._copies.append((copy, module))
         return copy
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from pipework.split.checkpoints import taped, taped_reentrant
 from pipework.split.cost import Meter
 from pipework.split.fakes import Fakes, Valueless, fakes_for, undress
 from pipework.split.generators import Watch
-from pipework.split.intercept import intercepted
+from pipework.split.intercept import intercepted, not_compiling
 from pipework.split.marks import Marks, SplitPoint
 from pipework.split.points import CutPoint, PipeSplit
 from pipework.split.preserve import attributes_of, changes, unchanged, unfilled
@@ -59,6 +61,8 @@ class Recording:
     on_example: bool  # ran on the example's real tensors rather than on fake ones
     ambient: Surroundings  # switches that were on around the run
     casts: bool  # autocast was switched on inside the forward
+    compiled: frozenset[str]  # modules whose forward calls compiled code, or runs in it
+    compiled_trunk: str  # where the trunk called compiled code, if it did
 
 
 @dataclasses.dataclass(slots=True)
@@ -84,6 +88,9 @@ class _Run:
         self.calls: dict[str, set[str]] = {}  # module -> the modules that its own forward calls
         self.calls_before: list[dict[str, int]] = [{}]
         self.casts = False
+        self.compiled_modules: set[str] = set()
+        self.compiled_trunk = ""
+        self._entered: list[tuple[FrameType, str]] = []  # compiled code that runs: its frame, and the module around it
         self.failed = ""  # the innermost module that raised
         self.applied: str | None = None  # the custom autograd.Function being applied
 
@@ -93,7 +100,9 @@ class _Run:
         if name is None or again:
             return original(module, *args, **kwargs)
         frame = _Frame(module, name, self.called.get(name, 0))
-        if self.stack:
+        if self._in_compiled():
+            self.compiled_modules.add(name)
+        elif self.stack:
             self.calls.setdefault(self.stack[-1].name, set()).add(name)
         points = [m.point for m in self.marks.at.get(name, ()) if m.call in (None, frame.call)]
         if SplitPoint.BEGINNING in points:
@@ -159,10 +168,30 @@ class _Run:
         self.points.append(point)
         self.calls_before.append(dict(self.called))
 
+    def compiled(self, frame: FrameType) -> None:
+        around = self.stack[-1].name if self.stack else ""
+        if not self.tape.silent:
+            self.compiled_trunk = self.compiled_trunk or self.tape.here
+        elif not self._in_compiled():
+            self.compiled_modules.add(around)
+            self._entered.append((frame, around))
+
+    def _in_compiled(self) -> str | None:
+        """The module that has called the compiled code which runs now."""
+        if not self._entered:
+            return None
+        frame, running = sys._getframe(1), set[FrameType]()
+        while frame is not None:
+            running.add(frame)
+            frame = frame.f_back
+        while self._entered and self._entered[-1][0] not in running:
+            self._entered.pop()
+        return self._entered[0][1] if self._entered else None
+
     def drew(self) -> None:
         if not self.stack:
             return
-        self.drawing.add(self.stack[-1].name)
+        self.drawing.add(self._in_compiled() or self.stack[-1].name)
         self.tape.drew = True
 
     def apply(self, original: Callable[..., Any], function: type, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -290,7 +319,7 @@ def _run(
 ) -> tuple[Recording | None, frozenset[str]]:
     names = {id(m): name for name, m in module.named_modules()}
     fakes = fakes_for(module, inputs)
-    with _lock, unchanged(module), unfilled(inputs), contextlib.ExitStack() as stack:
+    with _lock, not_compiling(), unchanged(module), unfilled(inputs), contextlib.ExitStack() as stack:
         if fakes is not None:
             inputs = map_leaves(fakes.of, inputs)
             fakes.dress(module)
@@ -344,6 +373,8 @@ def _run(
             on_example=fakes is None,
             ambient=ambient,
             casts=run.casts,
+            compiled=frozenset(run.compiled_modules),
+            compiled_trunk=run.compiled_trunk,
         )
     if fakes is not None:
         undress(recording.values, fakes)

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pipework.split.marks import listen, on_repeated
 from pipework.split.tape import ClosedModule, Draw, Entry, Origin, Value
-from pipework.split.torch_private import in_backward
+from pipework.split.torch_private import AroundCompiled, in_backward, is_compiled_in_place
 
 _thread = threading.local()
 _generator = threading.Lock()
@@ -176,15 +176,15 @@ def drawing_again() -> Callable[[], contextlib.AbstractContextManager[None]]:
 def streams(modules: Mapping[str, nn.Module], drawing: Mapping[str, Collection[str]]) -> Iterator[None]:
     """Inside the block the modules that draw do so from their streams, and the generators are put back after it.
 
-    `modules` maps FQNs to the modules at hand; `drawing` names those that draw and, for each, the modules that its
-    forward calls. Those not at hand are passed over.
+    `modules` maps FQNs to the modules at hand, none where nothing draws; `drawing` names those that draw and, for each,
+    the modules that its forward calls. Those not at hand are passed over.
     """
-    handles: list[RemovableHandle] = []
+    handles: list[Handle] = []
     noted: Noted = {}
     for name in drawing.keys() & modules.keys():
         children = [modules[child] for child in drawing[name] if child in modules]
         handles += _watch(name, modules[name], children, noted)
-    if not handles:
+    if not modules:
         yield
         return
     cuda = sorted({p.device.index for m in modules.values() for p in m.parameters() if p.device.type == "cuda"})
@@ -194,8 +194,12 @@ def streams(modules: Mapping[str, nn.Module], drawing: Mapping[str, Collection[s
         with torch.random.fork_rng(devices=cuda):
             yield
     finally:
-        for handle in handles:
+        for handle in reversed(handles):
             handle.remove()
+
+
+Hook = Callable[..., None]
+Handle = RemovableHandle | AroundCompiled
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -249,7 +253,9 @@ def _stream_of(name: str, noted: Noted) -> tuple[DrawKey, Draw] | None:
     return noted[place]
 
 
-def _watch(name: str, module: nn.Module, called: Collection[nn.Module], noted: Noted) -> Iterator[RemovableHandle]:
+def _watch(
+    name: str, module: nn.Module, called: Collection[nn.Module], noted: Noted
+) -> Iterator[RemovableHandle | AroundCompiled]:
     device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
     under_way: dict[int, list[_Call]] = {}  # by thread, the innermost last
 
@@ -285,8 +291,14 @@ def _watch(name: str, module: nn.Module, called: Collection[nn.Module], noted: N
             _begin(*stream, where)
 
     yield on_repeated(lambda: goes_on(_SPLIT, device or torch.device("cpu")))
-    yield module.register_forward_pre_hook(begin, prepend=True)
-    yield module.register_forward_hook(end, always_call=True)
+    yield from _around(module, begin, end, always=True)
     for child in called:
-        yield child.register_forward_pre_hook(child_begins, prepend=True)
-        yield child.register_forward_hook(child_returned)
+        yield from _around(child, child_begins, child_returned)
+
+
+def _around(module: nn.Module, before: Hook, after: Hook, always: bool = False) -> Iterator[Handle]:
+    if is_compiled_in_place(module):
+        yield AroundCompiled(module, before, after)
+    else:
+        yield module.register_forward_pre_hook(before, prepend=True)
+        yield module.register_forward_hook(after, always_call=always)

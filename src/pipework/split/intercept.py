@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 from torch.utils import checkpoint
 
 from pipework.split.marks import listen
-from pipework.split.torch_private import CHECKPOINT_GENERATOR, VMAP_CALLS, functorch_vmap
+from pipework.split.torch_private import CHECKPOINT_GENERATOR, COMPILED_CALL, VMAP_CALLS, compiler, functorch_vmap
 
 _thread = threading.local()
 
@@ -42,6 +44,10 @@ class Calls(Protocol):
 
     def thread(self) -> None:
         """A thread is to be started."""
+        ...
+
+    def compiled(self, frame: FrameType) -> None:
+        """Code given to `torch.compile` is about to run; it runs as long as the frame does."""
         ...
 
     def split(self) -> None:
@@ -103,6 +109,15 @@ def intercepted(calls: Calls, module: nn.Module) -> Iterator[None]:
 
         return generator
 
+    def compiled_call(original: Any) -> Any:
+        def callback(callback: Any) -> Any:
+            mine = getattr(_thread, "calls", None)
+            if mine is not None and callback:
+                mine.compiled(sys._getframe(1))
+            return original(callback)
+
+        return callback
+
     owners = {owner for m in module.modules() for owner in type(m).__mro__ if "__call__" in owner.__dict__}
     try:
         for owner in owners:
@@ -113,6 +128,8 @@ def intercepted(calls: Calls, module: nn.Module) -> Iterator[None]:
         patch(threading.Thread, "start", _noticed(lambda calls: calls.thread()))
         for name in VMAP_CALLS:
             patch(functorch_vmap, name, vmap_call)
+        if (loaded := compiler()) is not None:
+            patch(loaded, COMPILED_CALL, compiled_call)
         _thread.calls, before = calls, listen(calls.split)
         try:
             yield
@@ -122,3 +139,10 @@ def intercepted(calls: Calls, module: nn.Module) -> Iterator[None]:
     finally:
         for owner, attribute, original in reversed(undo):
             setattr(owner, attribute, original)
+
+
+@contextlib.contextmanager
+def not_compiling() -> Iterator[None]:
+    """Run compiled code as it was written. The compiler gives code up for good once it meets it under a capture."""
+    with torch.compiler.set_stance("force_eager") if compiler() else contextlib.nullcontext():
+        yield

@@ -14,6 +14,7 @@ from pipework.plan import Layout
 from pipework.split.arguments import Arguments, bind
 from pipework.split.capture import Recording, ancestors, capture
 from pipework.split.code import written
+from pipework.split.compiled import compile_stage, compiled_modules, one_stream
 from pipework.split.cut import Cut, cut, refuse_fake_constants
 from pipework.split.draws import drawn, with_unreached
 from pipework.split.guards import Guards, input_guards
@@ -26,7 +27,7 @@ from pipework.split.stage import Code, Stage
 from pipework.split.table import table
 from pipework.split.tape import Origin, Surroundings
 from pipework.split.ties import Tie, canonical_names, ties, with_ties
-from pipework.split.torch_private import parameters_of
+from pipework.split.torch_private import compiler, is_compiled, is_compiled_in_place, parameters_of
 from pipework.split.trees import Ref, map_leaves
 
 
@@ -43,6 +44,8 @@ class Variant:
     changed_attributes: tuple[tuple[str, str, Any], ...]
     written_buffers: frozenset[str]
     casts: bool
+    compiled: tuple[frozenset[str], ...]
+    compiled_trunk: str
     ties: tuple[Tie, ...]
     guards: Guards | None
 
@@ -79,6 +82,7 @@ class Pipe(nn.Module):
         self._trunk: tuple[nn.Module, ...] = ()  # the open modules
         self.names = canonical_names(model)
         self._tables = tuple(table for m in model.modules() if (table := parameters_of(m)))
+        self._modules_of_model = tuple(model.modules())
         self._variants: dict[tuple[Any, ...], list[Variant]] = {}
         self._standing: dict[tuple[Any, ...], Variant] = {}  # for a stage called by itself, by the state of the trunk
         self._stages = nn.ModuleList()
@@ -163,7 +167,7 @@ class Pipe(nn.Module):
 
     def variant(self, arguments: Arguments) -> Variant:
         """The cut for these arguments and the model's present modes; captured when first met, looked up afterwards."""
-        key = arguments.key(), Surroundings.now(), self._frozen()
+        key = arguments.key(), Surroundings.now(), self._frozen(), self._compiled()
         known = self._variants.get((*key, self._trunk_state()), ())
         found = next((v for v in known if v.guards is None or v.guards.hold(arguments.tensors())), None)
         if found is None:
@@ -181,9 +185,33 @@ class Pipe(nn.Module):
             return ()
         return tuple([p.requires_grad for table in self._tables for p in table.values() if p is not None])
 
+    def _compiled(self) -> tuple[int, ...]:
+        """Which modules are compiled in place: it may be done after the cut, and undone."""
+        return tuple([n for n, m in enumerate(self._modules_of_model) if is_compiled_in_place(m)] if compiler() else ())
+
     def _trunk_state(self) -> tuple[Any, ...]:
         """The modes and other plain attributes of the open modules."""
         return tuple(tuple(simple_attributes(module).items()) for module in self._trunk)
+
+    def compile(self, **options: Any) -> None:
+        """Give every stage's code to `torch.compile`, with its options, as `nn.Module.compile` does with a forward.
+
+        It is compiled when first called, here and in runners. Each kind of call (shapes, train or eval) has code of its
+        own. A process compiles what it runs; `pipe.get_stage_module(i).compile()` is for one stage alone.
+
+        The numbers are those of the compiled stages called one after another: the compiler's backend may round, and
+        draws random numbers, in its own way. Those that a stage draws depend on the step, the microbatch and the stage,
+        not on the schedule. Where a schedule splits the backward, all of a compiled stage's goes back with I.
+
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> pipe = pipework.pipeline(model, (torch.ones(2, 4),), stages=2)
+        >>> pipe.compile(backend="aot_eager", fullgraph=True)
+        >>> with torch.no_grad():
+        ...     torch.equal(pipe(torch.ones(2, 4))[0], model(torch.ones(2, 4)))
+        True
+        """
+        for index in range(self.num_stages):
+            self.get_stage_module(index).compile(**options)
 
     def forget(self) -> None:
         """Capture anew at the next call, since the model's tensors have other dtypes or devices than before."""
@@ -212,7 +240,7 @@ class Pipe(nn.Module):
         if not self._stages:
             self.cut_points = CutPoints(recording.points)
             for index in range(len(whole.parts)):
-                self._stages.append(Stage(index, lambda i=index: self._chosen(i), self._set_mode))
+                self._stages.append(Stage(index, lambda i=index: self._chosen(i), self._set_mode, self.forget))
         elif len(whole.parts) != len(self._stages):
             raise CutError(
                 f"on these inputs the model has {len(whole.parts)} stages, and on the example {len(self._stages)}",
@@ -220,13 +248,18 @@ class Pipe(nn.Module):
                 remedy="cut at named modules, or outside loops whose length depends on the inputs",
             )
         ambient = recording.ambient
-        sources, codes = [], []
+        sources, codes, inside = [], [], []
         for part, stage in zip(whole.parts, self._stages, strict=True):
             assert isinstance(stage, Stage)
             constants = {i: recording.values[i].tensor for i, (o, _) in part.owned.items() if o is Origin.CONSTANT}
             source, names = written(part, recording, ambient, stage.hold(part, self.model, constants))
             sources.append(source)
-            codes.append(compiled(source, names, part.index))
+            inside.append(compiled_modules(stage, recording.compiled))
+            if stage.compile_options is None:
+                codes.append(compiled(source, names, part.index))
+            else:
+                code = compiled(source, {**names, "streams_on": one_stream}, part.index)
+                codes.append(compile_stage(code, part, stage.compile_options))
         stages = list(self._stages)
         tied = ties(stages, self.names)
         return Variant(
@@ -239,6 +272,8 @@ class Pipe(nn.Module):
             recording.changed_attributes,
             recording.written_buffers,
             recording.casts,
+            tuple(inside),
+            recording.compiled_trunk,
             tied,
             input_guards(recording),
         )
@@ -248,6 +283,7 @@ class Pipe(nn.Module):
         modules = dict(self.model.named_modules())
         closed = recording.called.keys() - recording.opened
         unreached = [name for name in modules.keys() - recording.called.keys() if ancestors(name) & closed]
+        unreached = [name for name in unreached if not any(is_compiled(modules[around]) for around in ancestors(name))]
         seen = {name: recording.calls.get(name, frozenset()) for name in recording.drawing}
         return with_unreached(seen, modules, unreached)
 

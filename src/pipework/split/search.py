@@ -130,7 +130,8 @@ class _Search:
                 yield entry.target.name, end - entry.cost.work, end
 
     def _can_open(self, name: str) -> bool:
-        return bool(self.recording.calls.get(name)) and name not in self.hints.whole and name not in self.sealed
+        whole = name in self.hints.whole or name in self.sealed or name in self.recording.compiled
+        return bool(self.recording.calls.get(name)) and not whole
 
     def _heavy(self) -> frozenset[str]:
         """What alone is heavier than a stage should be, and all there is where there are too few parts."""
@@ -164,10 +165,11 @@ class _Search:
         raise CutError(
             f"the model cannot be cut into {self.stages} stages",
             why=f"there are {len(self.costs.parts)} parts to share out, and a stage holds at least one"
-            + (f"; the model's {NO_SPLIT} or {PLAN} keep whole: {', '.join(kept)}" if kept else ""),
+            + (f"; the model's {NO_SPLIT} or {PLAN}, or torch.compile, keep whole: {', '.join(kept)}" if kept else ""),
             remedy=f"ask for at most {max(len(self.costs.parts), 1)} stages, or place pipe_split() in the forward"
             + (", or name modules inside of these in split_spec" if kept else ""),
         )
 
     def _kept(self) -> set[str]:
-        return {name for name, _, _ in self._calls() if name in self.hints.whole and self.recording.calls.get(name)}
+        by_hint = {name for name in self.hints.whole if self.recording.calls.get(name)}
+        return {name for name, _, _ in self._calls() if name in by_hint | self.recording.compiled}

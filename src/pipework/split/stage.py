@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from pipework.split.compiled import compile_function
 from pipework.split.cut import StagePart
 from pipework.split.tape import Origin
 from pipework.split.torch_private import buffers_of, children_of, is_persistent, parameters_of
@@ -39,11 +40,19 @@ class Stage(nn.Module):
     <BLANKLINE>
     """
 
-    def __init__(self, index: int, choose: Callable[[], tuple[Code, str]], mode: Callable[[bool], object]) -> None:
+    def __init__(
+        self,
+        index: int,
+        choose: Callable[[], tuple[Code, str]],
+        mode: Callable[[bool], object],
+        forget: Callable[[], object],
+    ) -> None:
         super().__init__()
         self.index = index
         self._choose = choose  # the code for the modes that the model is in now
-        self._mode = mode
+        self._mode, self._forget = mode, forget
+        self.compile_options: Mapping[str, Any] | None = None
+        """What `torch.compile` is given for the stage's code; None where the stage is not compiled."""
         self._replaced: dict[
             str, tuple[nn.Module, str]
         ] = {}  # where the buffers that the stage assigns are in the model
@@ -56,6 +65,12 @@ class Stage(nn.Module):
     def source(self) -> str:
         """The stage's forward as Python source."""
         return self._choose()[1]
+
+    def compile(self, **options: Any) -> None:
+        """Give this stage's code to `torch.compile`, as `Pipe.compile` does with that of all stages."""
+        compile_function(lambda: None, options)  # so that options that are none are refused now
+        self.compile_options = options
+        self._forget()
 
     def train(self, mode: bool = True) -> Stage:
         """Put the stage, and the model's code between its modules, in train or eval mode."""

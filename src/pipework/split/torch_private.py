@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 import torch
 from torch._C import DisableTorchFunction as WithoutFunctionModes
@@ -32,7 +34,15 @@ functorch_vmap = importlib.import_module("torch._functorch.vmap")
 CHECKPOINT_GENERATOR = "_checkpoint_without_reentrant_generator"
 """In torch.utils.checkpoint: the generator that runs a checkpoint's function where it yields."""
 
+COMPILED_CALL = "_callback_from_stance"
+"""In torch._dynamo.eval_frame: what every call of compiled code asks first, from the frame in which the code runs."""
+
 VMAP_CALLS = ("_add_batch_dim", "_remove_batch_dim", "_vmap_increment_nesting", "_vmap_decrement_nesting")
+
+
+def compiler() -> Any:
+    """The module of torch in which compiled code is called; None as long as nobody has loaded it, or compiled."""
+    return sys.modules.get("torch._dynamo.eval_frame")
 
 
 def storage_of(tensor: torch.Tensor) -> int:
@@ -131,9 +141,57 @@ def goes_on_to(node: Any) -> bool:
         return False
 
 
-def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether the module was given to `torch.compile`, or compiled in place."""
-    return module._compiled_call_impl is not None or type(module).__module__ == "torch._dynamo.eval_frame"
+def is_compiled_in_place(module: torch.nn.Module) -> bool:
+    """Whether the module was compiled by its own `compile()`."""
+    return module._compiled_call_impl is not None
+
+
+def is_compiled(thing: Any) -> bool:
+    """Whether a module or function was given to `torch.compile`, or a module compiled in place."""
+    own: Mapping[str, Any] = getattr(thing, "__dict__", {})
+    if "dynamo_ctx" in own:  # a module in another, and a copy of one
+        return True
+    if "_torchdynamo_orig_callable" in own:
+        return "_torchdynamo_disable" not in own
+    return isinstance(thing, torch.nn.Module) and is_compiled_in_place(thing)
+
+
+def compile_like(module: torch.nn.Module, copy: torch.nn.Module) -> torch.nn.Module:
+    """The copy of a module, compiled as the module itself is: what torch makes of a module is bound to that module."""
+    call: Any = module._compiled_call_impl
+    if call is not None:
+        copy.__dict__["_compiled_call_impl"] = inspect.getclosurevars(call).nonlocals["self"](copy._call_impl)
+    elif is_compiled(module):
+        wrapper: Any = module
+        return wrapper.dynamo_ctx(children_of(copy)["_orig_mod"])
+    return copy
+
+
+@final
+class AroundCompiled:
+    """Calls functions before and after a module that is compiled in place; its hooks would be compiled with it."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        before: Callable[[torch.nn.Module, tuple[Any, ...]], object],
+        after: Callable[[torch.nn.Module, tuple[Any, ...]], object],
+    ) -> None:
+        self.module, self.before, self.after = module, before, after
+        self.call: Any = module._compiled_call_impl
+        module.__dict__["_compiled_call_impl"] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        self.before(self.module, args)
+        try:
+            return self.call(*args, **kwargs)
+        finally:
+            self.after(self.module, args)
+
+    def remove(self) -> None:
+        """Call them no more; of several around one module, those that came last go first."""
+        self.module.__dict__["_compiled_call_impl"] = self.call
 
 
 def has_gradient_hooks(parameter: torch.nn.Parameter) -> bool:
@@ -201,8 +259,10 @@ def timeout_of(group: Any, device: torch.device) -> timedelta:
 
 __all__ = [
     "CHECKPOINT_GENERATOR",
+    "COMPILED_CALL",
     "PYTREE_NODES",
     "VMAP_CALLS",
+    "AroundCompiled",
     "FakeTensor",
     "FakeTensorMode",
     "NormWithStatistics",
@@ -214,6 +274,8 @@ __all__ = [
     "base_of",
     "buffers_of",
     "children_of",
+    "compile_like",
+    "compiler",
     "functorch_active",
     "functorch_vmap",
     "goes_on_to",
@@ -221,6 +283,7 @@ __all__ = [
     "has_gradient_hooks",
     "in_backward",
     "is_compiled",
+    "is_compiled_in_place",
     "is_persistent",
     "makes_nvtx_ranges",
     "no_view",

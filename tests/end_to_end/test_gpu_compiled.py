@@ -1,0 +1,108 @@
+"""Compiled blocks and stages on a GPU, by Triton: what holds on CPU with the compiler's other backends holds here."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import pipework
+from examples.gpt import GPT, Config
+from pipework import Pipe, Runner
+from pipework.plan import FAMILIES
+from tests.end_to_end.case import crossed, token_batch
+from tests.families import PER_RANK
+from tests.run.test_compiled import HALVES, assert_equal_step
+from tests.split.equality import before
+
+needs = pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("triton") is None, reason="needs a CUDA device and Triton"
+)
+pytestmark = [
+    pytest.mark.gpu,
+    needs,
+    pytest.mark.filterwarnings(f"ignore:{HALVES}"),
+    pytest.mark.filterwarnings("default"),  # what the compiler has to say is its own
+]
+
+CONFIG = Config(blocks=4)
+INPUTS, TARGET = token_batch(rows=8, length=64, vocabulary=256, seed=1)
+PARTS = 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def repeatable() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        yield
+        torch.use_deterministic_algorithms(False)
+
+
+def model(compiled: bool = False) -> GPT:
+    torch.manual_seed(0)
+    made = GPT(CONFIG).cuda()
+    for block in made.blocks if compiled else ():
+        block.compile()
+    return made
+
+
+def autocast(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if dtype is None else torch.autocast("cuda", dtype)
+
+
+def cuts(stages: int) -> dict[str, pipework.SplitPoint]:
+    return before(*(f"blocks.{CONFIG.blocks * n // stages}" for n in range(1, stages)))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
+@pytest.mark.parametrize("family", PER_RANK)
+def test_compiled_blocks_equal_the_compiled_model(family: str, dtype: torch.dtype | None) -> None:
+    with autocast(dtype):
+        report = pipework.verify(
+            model(compiled=True),
+            (INPUTS.cuda(),),
+            target=TARGET.cuda(),
+            loss=crossed,
+            split_spec=cuts(2 * PER_RANK[family]),
+            schedule=family,
+            microbatches=PARTS,
+        )
+    assert report.equal, report.text()
+
+
+def pipes(**options: Any) -> tuple[Pipe, Pipe]:
+    found = [pipework.pipeline(model(), (INPUTS[:2].cuda(),), split_spec=cuts(4)) for _ in range(2)]
+    for pipe in found:
+        pipe.compile(**options)
+    return found[0], found[1]
+
+
+@pytest.fixture(scope="module")
+def pipe_and_local() -> tuple[Pipe, Pipe]:
+    return pipes(fullgraph=True)
+
+
+def assert_equal(pipe: Pipe, local: Pipe, family: str) -> None:
+    chosen = FAMILIES[family]
+    runner = Runner(pipe, chosen.build(pipe.layout(2, chosen.place), PARTS), loss=crossed)
+    assert_equal_step(runner, local, INPUTS.cuda(), TARGET.cuda(), crossed)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
+@pytest.mark.parametrize("family", [name for name, per_rank in PER_RANK.items() if per_rank == 2])
+def test_compiled_stages_equal_the_same_stages_called_in_turn(
+    family: str, dtype: torch.dtype | None, pipe_and_local: tuple[Pipe, Pipe]
+) -> None:
+    with autocast(dtype):
+        assert_equal(*pipe_and_local, family)
+
+
+@pytest.mark.parametrize("mode", ["max-autotune-no-cudagraphs", "reduce-overhead"])
+def test_modes_of_the_compiler(mode: str) -> None:
+    """The second records CUDA graphs of its own, on threads; nothing is promised of it."""
+    assert_equal(*pipes(mode=mode), "zero_bubble_v")
