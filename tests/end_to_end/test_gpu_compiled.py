@@ -102,7 +102,5 @@ def test_compiled_stages_equal_the_same_stages_called_in_turn(
         assert_equal(*pipe_and_local, family)
 
 
-@pytest.mark.parametrize("mode", ["max-autotune-no-cudagraphs", "reduce-overhead"])
-def test_modes_of_the_compiler(mode: str) -> None:
-    """The second records CUDA graphs of its own, on threads; nothing is promised of it."""
-    assert_equal(*pipes(mode=mode), "zero_bubble_v")
+def test_a_mode_of_the_compiler() -> None:
+    assert_equal(*pipes(mode="max-autotune-no-cudagraphs"), "zero_bubble_v")

@@ -242,7 +242,7 @@ def test_what_cannot_be_captured_runs_as_ever_and_is_named_once(block: type[nn.M
     (message,) = said
     assert "'1'" in message
     assert not twins.captured
-    assert memory[-1] == memory[5]
+    assert memory[-1] <= memory[5]
 
 
 def over_nccl(rank: int, store: str, family: str) -> None:

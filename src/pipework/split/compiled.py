@@ -49,6 +49,17 @@ def compile_stage(code: Code, part: StagePart, options: Mapping[str, Any]) -> Co
     return forward
 
 
+def refuse_graphs(options: Mapping[str, Any]) -> None:
+    """Raise `InputError` for modes in which the compiler replays CUDA graphs of its own."""
+    mode, own = options.get("mode"), options.get("options") or {}
+    if mode in ("reduce-overhead", "max-autotune") or own.get("triton.cudagraphs"):
+        raise InputError(
+            f"the compiler would replay CUDA graphs of its own, with mode={mode!r}, options={own!r}",
+            why="what a stage makes would be overwritten by its next microbatch, before its backward",
+            remedy="use another mode ('max-autotune-no-cudagraphs'), and Runner(graphs=True) for one of the step",
+        )
+
+
 def compile_function(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     """`torch.compile(function, **options)`, which takes out of a dictionary among the options what it has read."""
     own: dict[str, Any] = {name: dict(value) if type(value) is dict else value for name, value in options.items()}

@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from pipework.split.compiled import compile_function
+from pipework.split.compiled import compile_function, refuse_graphs
 from pipework.split.cut import StagePart
 from pipework.split.tape import Origin
 from pipework.split.torch_private import buffers_of, children_of, is_persistent, parameters_of
@@ -68,6 +68,7 @@ class Stage(nn.Module):
 
     def compile(self, **options: Any) -> None:
         """Give this stage's code to `torch.compile`, as `Pipe.compile` does with that of all stages."""
+        refuse_graphs(options)
         compile_function(lambda: None, options)  # so that options that are none are refused now
         self.compile_options = options
         self._forget()
