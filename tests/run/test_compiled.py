@@ -286,6 +286,13 @@ def test_compiled_stages_equal_the_same_stages_called_in_turn(family: str, pipe_
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 compiles no checkpoint in fullgraph here")
+def test_compiled_stages_are_recomputed_with_the_same_numbers(pipe_and_local: tuple[Pipe, Pipe]) -> None:
+    pipe, local = pipe_and_local
+    schedule = pipework.schedules.zero_bubble_v(pipe.layout(2, Layout.vee), 4).recomputing()
+    assert_equal_step(Runner(pipe, schedule, loss=squared), local, numbers(8, WIDTH), numbers(8, WIDTH, seed=5))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 compiles no checkpoint in fullgraph here")
 def test_compiled_stages_take_other_shapes_and_modes(pipe_and_local: tuple[Pipe, Pipe]) -> None:
     pipe, local = pipe_and_local
     runner = Runner(pipe, split_1f1b(pipe.layout(4), 4), loss=squared)

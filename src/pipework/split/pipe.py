@@ -214,7 +214,7 @@ class Pipe(nn.Module):
             self.get_stage_module(index).compile(**options)
 
     def forget(self) -> None:
-        """Capture anew at the next call, since the model's tensors have other dtypes or devices than before."""
+        """Capture anew at the next call: the model's tensors have other dtypes or devices, or a stage is compiled."""
         self._variants.clear()
         self._standing.clear()
 
