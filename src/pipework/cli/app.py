@@ -260,7 +260,7 @@ def _compared(
 
 
 def _training_families() -> Iterator[str]:
-    return (name for name in FAMILIES if name != "forward_only")
+    return (name for name, family in FAMILIES.items() if family.trains)
 
 
 app.command()(search)

@@ -42,7 +42,7 @@ FAMILIES: Mapping[str, Family] = {
         Family(dual_pipe, "arXiv:2412.19437", _replicas, per_rank=2, least=2, runs=False),
         Family(chimera, "arXiv:2107.06925", _replicas, per_rank=2, least=2, runs=False),
         Family(sequence_one_f_one_b, "arXiv:2406.03488", runs=False),
-        Family(forward_only, "arXiv:1811.06965"),
+        Family(forward_only, "arXiv:1811.06965", trains=False),
     )
 }
 """Every family by its name."""

@@ -19,7 +19,7 @@ class Family:
     - `build` makes a schedule from a layout and a number of microbatches; `least` is the smallest that it takes.
     - `place` makes the layouts that it takes, from the number of ranks and of stages per rank: `per_rank` is the usual.
     - `heeds_costs` tells whether `build` also takes `costs=`, and `runs` whether its schedules can be executed, and not
-      only planned.
+      only planned. `trains` is False where they only go forward.
 
     >>> from pipework.plan import FAMILIES
     >>> family = FAMILIES["zero_bubble_v"]
@@ -36,6 +36,7 @@ class Family:
     least: int = 1
     heeds_costs: bool = False
     runs: bool = True
+    trains: bool = True
 
     @property
     def name(self) -> str:
