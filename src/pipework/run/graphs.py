@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -54,7 +54,7 @@ class Captured:
 class Graphs:
     """The steps of one plan: as ever, captured, or replayed."""
 
-    def __init__(self, stages: Sequence[nn.Module], devices: set[torch.device]) -> None:
+    def __init__(self, stages: Sequence[nn.Module], devices: Collection[torch.device]) -> None:
         self._refuse_unfit(devices)
         self._device = next(iter(devices))
         self._modules = {name: module for stage in stages for name, module in stage.named_modules()}
@@ -68,7 +68,7 @@ class Graphs:
         self._changes = ""  # what of it the last step itself changed
 
     @staticmethod
-    def _refuse_unfit(devices: set[torch.device]) -> None:
+    def _refuse_unfit(devices: Collection[torch.device]) -> None:
         if len(devices) > 1 or any(device.type != "cuda" for device in devices):
             raise InputError(
                 f"graphs=True, and this process works on {', '.join(sorted(map(str, devices)))}",
@@ -97,10 +97,10 @@ class Graphs:
         return losses
 
     def _key(self, batch: Batch) -> Any:
-        leaves_ = [*_tensors(batch), *(leaf for target in batch.targets for leaf in leaves(target))]
+        given = [*_tensors(batch), *(leaf for target in batch.targets for leaf in leaves(target))]
         return (
             tuple(p.grad is None for p in self._parameters),
-            tuple((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves_),
+            tuple((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in given),
         )
 
     # ------------------------------------------------------------------ capture

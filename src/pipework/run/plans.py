@@ -30,6 +30,7 @@ class Plan:
     schedule: Schedule
     variants: tuple[Variant, ...]  # by microbatch
     executors: tuple[Executor, ...]
+    devices: frozenset[torch.device]  # of their stages
     drawing: Mapping[str, Collection[str]]  # the modules that draw random numbers, and those that each of them calls
     modules: Mapping[str, nn.Module]  # at hand, by FQN; none where nothing draws
     number: int  # tells it from other plans, the same on every rank
@@ -69,11 +70,12 @@ def plan(
     in_one_stream = {name for run in runs if "" in run.compiled for name in run.compiled}
     watched = {name: called for name, called in drawing.items() if name not in in_one_stream}
     _warn_of_compiled(runs, variants)
+    devices = frozenset(device for executor in executors for device in executor.devices.values())
     whole: Graphs | None = None
     if graphs and trains:
         held = [pipe.get_stage_module(index) for executor in executors for index in executor.devices]
-        whole = Graphs(held, {device for executor in executors for device in executor.devices.values()})
-    return Plan(schedule, tuple(variants), executors, watched, modules, number, graphs=whole)
+        whole = Graphs(held, devices)
+    return Plan(schedule, tuple(variants), executors, devices, watched, modules, number, graphs=whole)
 
 
 def _warn_of_compiled(runs: Sequence[StageRun], variants: Sequence[Variant]) -> None:

@@ -207,9 +207,8 @@ class Runner:
         return total
 
     def _recording(self, made: Plan) -> Recording | None:
-        devices = {device for executor in made.executors for device in executor.devices.values()}
-        is_free = self._ends[0].in_one_process and all(device.type == "cpu" for device in devices)
-        return Recording(devices) if self._record or is_free else None
+        is_free = self._ends[0].in_one_process and all(device.type == "cpu" for device in made.devices)
+        return Recording(made.devices) if self._record or is_free else None
 
     def _eager(
         self,
