@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ import pipework
 from examples.gpt import GPT, Config
 from pipework.plan import FAMILIES, Schedule
 from tests.end_to_end.case import crossed, token_batch
+from tests.end_to_end.repeatable import repeatable_kernels
 from tests.families import PER_RANK
 from tests.run.pipes import equal, gradients
 from tests.run.test_backward import halves_of
@@ -31,12 +32,10 @@ def batch(device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def deterministic() -> Any:
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True)
+def repeatable() -> Iterator[None]:
     torch.manual_seed(0)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with repeatable_kernels():
+        yield
 
 
 @one_gpu
@@ -149,12 +148,11 @@ def test_threads_with_a_gpu_each_equal_the_unsplit_model_and_take_inputs_from_an
         assert torch.equal(found.cpu(), wanted.cpu()), name
 
 
+@repeatable_kernels()
 def over_nccl(rank: int, store: str) -> None:
     import torch.distributed as dist
     import torch.distributed.nn  # before there is a group; see pipework.cli.launch
 
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True)
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     inputs, target = batch("cuda")

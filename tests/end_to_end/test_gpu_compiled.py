@@ -15,6 +15,7 @@ from examples.gpt import GPT, Config
 from pipework import Pipe, Runner
 from pipework.plan import FAMILIES
 from tests.end_to_end.case import crossed, token_batch
+from tests.end_to_end.repeatable import repeatable_kernels
 from tests.families import PER_RANK
 from tests.run.test_compiled import HALVES, assert_equal_step
 from tests.split.equality import before
@@ -36,11 +37,8 @@ PARTS = 4
 
 @pytest.fixture(autouse=True, scope="module")
 def repeatable() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    with repeatable_kernels():
         yield
-        torch.use_deterministic_algorithms(False)
 
 
 def model(compiled: bool = False) -> GPT:

@@ -18,6 +18,7 @@ from examples.gpt import GPT, Config
 from pipework import InputError, Runner
 from pipework.plan import FAMILIES
 from tests.end_to_end.case import crossed, squared, token_batch
+from tests.end_to_end.repeatable import repeatable_kernels
 from tests.families import PER_RANK
 from tests.models import WIDTH
 
@@ -30,12 +31,10 @@ MICROBATCHES = 4
 
 
 @pytest.fixture(autouse=True)
-def deterministic() -> Iterator[None]:
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True)
+def repeatable() -> Iterator[None]:
     torch.manual_seed(0)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with repeatable_kernels():
+        yield
 
 
 def runner_by(
@@ -245,13 +244,13 @@ def test_what_cannot_be_captured_runs_as_ever_and_is_named_once(block: type[nn.M
     assert memory[-1] <= memory[5]
 
 
+@repeatable_kernels()
 def over_nccl(rank: int, store: str, family: str) -> None:
     """Two processes on one GPU, which NCCL takes for two hosts."""
     import torch.distributed as dist
     import torch.distributed.nn  # before there is a group; see pipework.cli.launch
 
-    os.environ |= {"NCCL_HOSTID": f"host {rank}", "NCCL_SOCKET_IFNAME": "lo", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    torch.use_deterministic_algorithms(True)
+    os.environ |= {"NCCL_HOSTID": f"host {rank}", "NCCL_SOCKET_IFNAME": "lo"}
     torch.cuda.set_device(0)
     dist.init_process_group(
         "nccl", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=60)
