@@ -20,7 +20,7 @@ from pipework.run.clock import Recording
 from pipework.run.labels import Label
 from pipework.run.layouts import Layouts
 from pipework.run.recompute import explained
-from pipework.run.stage_run import NOTHING, Backwards, Feed, Kept, StageRun
+from pipework.run.stage_run import NOTHING, Backwards, Feed, Kept, StageEnd, StageRun
 from pipework.run.tied import Spread
 from pipework.run.transport import Arrival, Tensors, Transport, Wait
 from pipework.split.cut import Edge
@@ -37,7 +37,7 @@ class Route:
     """Where a transfer goes."""
 
     instruction: Instruction
-    key: tuple[int, int, int]  # from stage, to stage, microbatch
+    key: Key
     channel: int
     send: Callable[[Tensors], Wait]
     receive: Callable[[], Arrival]
@@ -47,6 +47,39 @@ class Route:
     def settled(self) -> bool:
         """Whether both ends know what a transfer is like."""
         return self.layouts is None or self.layouts.settled
+
+
+Key = tuple[int, int, int]
+"""What a transfer, or a hand-over on one rank, is looked up by: from stage, to stage, microbatch."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Work:
+    """One action, and where what it takes and gives is to be found."""
+
+    action: Action
+    run: StageRun
+    takes: tuple[Key, ...]  # in the order of its stage's edges
+    gives: tuple[tuple[StageEnd, Key], ...]
+    stays: tuple[int, int]  # what is kept from the forward to the backward, and from there to the weight gradient
+
+    @classmethod
+    def of(cls, action: Action, run: StageRun) -> Work:
+        """The work of an action on its stage."""
+        stage, microbatch = action.stage, action.microbatch
+        if action.kind is Kind.FORWARD:
+            gives = [(end, end.edge.target) for end in run.outgoing]
+        elif action.kind is Kind.WEIGHT_GRADIENT:
+            gives = []
+        else:
+            gives = [(end, end.edge.source) for end in run.incoming if end.back]
+        return cls(
+            action,
+            run,
+            tuple((source, stage, microbatch) for source in run.sources[action.kind]),
+            tuple((end, (stage, target, microbatch)) for end, target in gives),
+            (stage, microbatch),
+        )
 
 
 @final
@@ -113,16 +146,15 @@ class Executor:
                 with label(what.instruction):
                     do(step, what)
                 continue
-            action, run = what
-            step.wait(run, action)
-            with label(action):
+            step.wait(what)
+            with label(what.action):
                 if recording is None:
                     do(step, what)
                 else:
-                    clock = recording.clock(run.device)
+                    clock = recording.clock(what.run.device)
                     begin = clock.now()
                     do(step, what)
-                    recording.mark(self.rank, action, clock, begin, clock.now())
+                    recording.mark(self.rank, what.action, clock, begin, clock.now())
 
     def is_here(self, stage: int) -> bool:
         """Whether a stage is on this rank."""
@@ -131,7 +163,7 @@ class Executor:
     def _bound(self, instruction: Instruction) -> Bound:
         if isinstance(instruction, Compute):
             action = instruction.action
-            return _DO[action.kind], (action, self._run_of[action.stage, action.microbatch])
+            return _DO[action.kind], Work.of(action, self._run_of[action.stage, action.microbatch])
         do = _Step.receive if isinstance(instruction, Receive) else _Step.send
         return do, self._route(instruction, instruction.transfer)
 
@@ -186,10 +218,10 @@ class _Step:
     def __init__(self, executor: Executor, feed: Feed) -> None:
         self.executor, self.feed = executor, feed
         self.alone: contextlib.AbstractContextManager[Any] = _one if feed.alone or executor.alone else NOTHING
-        self.kept: dict[Action, Kept] = {}
-        self.later: dict[Action, Later] = {}
-        self.arrivals: dict[tuple[int, int, int], Arrival] = {}
-        self.ready: dict[tuple[int, int, int], Tensors] = {}  # made here, for here or to be sent
+        self.kept: dict[tuple[int, int], Kept] = {}
+        self.later: dict[tuple[int, int], Later] = {}
+        self.arrivals: dict[Key, Arrival] = {}
+        self.ready: dict[Key, Tensors] = {}  # made here, for here or to be sent
         self.sending: dict[int, deque[Wait]] = {}  # by channel
 
     def receive(self, route: Route) -> None:
@@ -212,48 +244,44 @@ class _Step:
         for left in (self.kept, self.later, self.arrivals, self.ready, self.sending):
             left.clear()
 
-    def forward(self, work: tuple[Action, StageRun]) -> None:
-        action, run = work
-        received = self.arrived(run, action)
-        with self.alone, self.drawing(run, action):
-            kept, out = run.forward(action.microbatch, self.feed, received)
+    def forward(self, work: Work) -> None:
+        received = self.arrived(work)
+        with self.alone, self.drawing(work):
+            kept, out = work.run.forward(work.action.microbatch, self.feed, received)
         if self.executor.trains:
-            self.kept[action] = kept
-        for end in run.outgoing:
-            self.ready[run.index, end.edge.target, action.microbatch] = [out[i].detach() for i in end.positions]
+            self.kept[work.stays] = kept
+        for end, key in work.gives:
+            self.ready[key] = [out[i].detach() for i in end.positions]
 
-    def backward(self, work: tuple[Action, StageRun]) -> None:
-        action, run = work
-        kept = self.kept.pop(Action(action.stage, Kind.FORWARD, action.microbatch))
-        gradients = self.arrived(run, action)
-        with self.alone, self.drawing(run, action), explained(action) if run.recomputed else NOTHING:
+    def backward(self, work: Work) -> None:
+        action, run = work.action, work.run
+        kept = self.kept.pop(work.stays)
+        gradients = self.arrived(work)
+        with self.alone, self.drawing(work), explained(action) if run.recomputed else NOTHING:
             if action.kind is Kind.BACKWARD:
                 run.backward(kept, gradients)
             else:
-                later = run.input_gradient(action.microbatch, kept, gradients)
-                self.later[Action(action.stage, Kind.WEIGHT_GRADIENT, action.microbatch)] = later
-        for end in run.incoming:
-            if end.back:
-                self.ready[run.index, end.edge.source, action.microbatch] = run.returned(end, kept)
+                self.later[work.stays] = run.input_gradient(action.microbatch, kept, gradients)
+        for end, key in work.gives:
+            self.ready[key] = run.returned(end, kept)
 
-    def weight_gradient(self, work: tuple[Action, StageRun]) -> None:
-        action, run = work
-        run.halves[action.microbatch].weight_gradient(self.later.pop(action))
+    def weight_gradient(self, work: Work) -> None:
+        work.run.halves[work.action.microbatch].weight_gradient(self.later.pop(work.stays))
 
-    def arrived(self, run: StageRun, action: Action) -> list[Tensors]:
-        """What other stages made for this action, in the order of its stage's edges."""
-        keys = [(source, action.stage, action.microbatch) for source in run.sources[action.kind]]
-        return [self.arrivals.pop(key)() if key in self.arrivals else self.ready.pop(key) for key in keys]
+    def arrived(self, work: Work) -> list[Tensors]:
+        """What other stages made for this action."""
+        return [self.arrivals.pop(key)() if key in self.arrivals else self.ready.pop(key) for key in work.takes]
 
-    def wait(self, run: StageRun, action: Action) -> None:
+    def wait(self, work: Work) -> None:
         """Have ready what other stages make for this action."""
-        for source, tensors in zip(run.sources[action.kind], self.arrived(run, action), strict=True):
-            self.ready[source, action.stage, action.microbatch] = tensors
+        for key, tensors in zip(work.takes, self.arrived(work), strict=True):
+            self.ready[key] = tensors
 
-    def drawing(self, run: StageRun, action: Action) -> contextlib.AbstractContextManager[None]:
-        if run.calls_before is None or self.feed.draw is None:
+    def drawing(self, work: Work) -> contextlib.AbstractContextManager[None]:
+        calls, draw = work.run.calls_before, self.feed.draw
+        if calls is None or draw is None:
             return NOTHING
-        return drawing_for(dataclasses.replace(self.feed.draw, microbatch=action.microbatch), run.calls_before)
+        return drawing_for(dataclasses.replace(draw, microbatch=work.action.microbatch), calls)
 
 
 _DO: dict[Kind, Callable[[_Step, Any], None]] = {

@@ -16,9 +16,9 @@ from pipework.errors import InputError, MismatchError
 from pipework.plan import Schedule
 from pipework.run.transport import Transport, refusing, together
 from pipework.split.arguments import Arguments, named
-from pipework.split.microbatch import chunk
+from pipework.split.microbatch import rows
 from pipework.split.pipe import Pipe, Variant
-from pipework.split.trees import leaves, map_leaves
+from pipework.split.trees import fill, leaves, map_leaves
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -119,12 +119,14 @@ class Inputs:
         arguments = self._pipe.bind(args, kwargs) if in_threads else self._gathered(args, kwargs, ends[0])
         with refusing(ends[0], not in_threads and (first or not self.everyone_has_all)):
             _refuse_unfinished(arguments)
-            parts = chunk(arguments.values, self._microbatches, self._spec(arguments.values))
-            variants = self._variants([arguments.with_values(part) for part in parts])
-            given = [[None if t.is_meta else t for t in arguments.with_values(part).tensors()] for part in parts]
+            parts = rows(arguments.values, self._microbatches, self._spec(arguments.values))
+            variants = self._variants(arguments, parts)
+            given = [
+                [None if leaf.is_meta else leaf for leaf in part if isinstance(leaf, torch.Tensor)] for part in parts
+            ]
             inputs = [[_own(t) for t in row] for row in given] if trains else given
             targets = {"target": target}
-            aims = [part["target"] for part in chunk(targets, self._microbatches, self._spec(targets))]
+            aims = [fill(target, row) for row in rows(targets, self._microbatches, self._spec(targets))]
             shares = self._shares(aims, ends, trains)
         if not in_threads and not self.everyone_has_all:
             self._refuse_missing(variants, inputs[0], arguments, ends[0])
@@ -138,14 +140,14 @@ class Inputs:
         needed = trains or any(target is not None for target in targets)
         return self.weigh(targets) if is_here and needed else []
 
-    def _variants(self, parts: Sequence[Arguments]) -> list[Variant]:
+    def _variants(self, arguments: Arguments, parts: Sequence[Sequence[Any]]) -> list[Variant]:
         """Each microbatch's variant: one for all, unless values of the inputs, or a count of calls, decide the path."""
-        first = self._pipe.variant(parts[0])
+        first = self._pipe.variant(arguments.filled(parts[0]))
         if first.guards is None and not first.changed_attributes:
             return [first] * len(parts)
         found: list[Variant] = []
         for part in parts:
-            found.append(self._pipe.variant(part))
+            found.append(self._pipe.variant(arguments.filled(part)))
             self._pipe.ran(found[-1])
         return found
 
@@ -162,8 +164,9 @@ class Inputs:
 
     def _gathered(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], end: Transport) -> Arguments:
         """This rank's arguments, with a stand-in for each that only other ranks have."""
-        with refusing(end, not self.everyone_has_all):
-            mine = self._pipe.bind(args, kwargs, partial=not self.everyone_has_all)
+        is_whole = bool(self.everyone_has_all)
+        with refusing(end, not is_whole):
+            mine = self._pipe.bind(args, kwargs, partial=not is_whole)
         given = {name: value for name, value in mine.values.items() if value is not None}
         missing = sorted(self._tensor_arguments - given.keys())
         if self.everyone_has_all is None:
@@ -176,7 +179,7 @@ class Inputs:
                     why="ranks that all have all inputs tell one another nothing, so the others would wait",
                     remedy="pass the same arguments in every step, or make another runner for the other kind of call",
                 )
-            return self._pipe.bind(args, kwargs)
+            return mine if is_whole else self._pipe.bind(args, kwargs)
         told = together(end, map_leaves(lambda x: Absent(x) if isinstance(x, torch.Tensor) else x, dict(mine.values)))
         values: dict[str, Any] = {}
         for name in mine.signature.parameters:

@@ -99,10 +99,7 @@ class Losses:
             self._outputs[microbatch] = map_leaves(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, output)
         if not self._required and (self._loss is not None or self._shares == [] or _found(output) is None):
             return None
-        here = _beside(results)
-        target = map_leaves(
-            lambda x: x.to(here) if isinstance(x, torch.Tensor) and here is not None else x, self._targets[microbatch]
-        )
+        target = _beside(results, self._targets[microbatch])
         loss = own_loss(output) if self._loss is None else self._loss(output, target)
         if not isinstance(loss, torch.Tensor) or loss.dim():
             shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(type(loss))
@@ -154,9 +151,11 @@ class Losses:
         return _total(message[1:].to(told[0]), self._divisor)
 
 
-def _beside(results: Sequence[torch.Tensor]) -> torch.device | None:
-    """Where the output is, and the loss is computed; None where there is no tensor in it."""
-    return next((result.device for result in results), None)
+def _beside(results: Sequence[torch.Tensor], target: Any) -> Any:
+    """The target where the output is, and the loss is computed; as it is where there is no tensor in the output."""
+    if not results or (type(target) is torch.Tensor and target.device == results[0].device):
+        return target
+    return map_leaves(lambda x: x.to(results[0].device) if isinstance(x, torch.Tensor) else x, target)
 
 
 def _total(losses: torch.Tensor, divisor: int) -> torch.Tensor:

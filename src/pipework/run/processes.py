@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from types import TracebackType
 from typing import Any, final
 
 import torch
@@ -29,20 +29,22 @@ class ProcessTransport(Transport):
                 "this process is not in the group of the pipeline",
                 remedy="make the runner only in the processes of the group",
             )
+        self._connected = _Connected(self.rank)
         self._known: Connections | None = connections(group, device)
         self.receives_ahead = self._known.receives_ahead
+        self._told = torch.zeros(1, dtype=torch.int64), [torch.zeros(1, dtype=torch.int64) for _ in range(self.ranks)]
 
     @override
     def send(self, tensors: Tensors, wires: Sequence[Wire], to: int, channel: int) -> Wait:
         laid = [_laid(tensor, wire) for tensor, wire in zip(tensors, wires, strict=True) if tensor is not None]
         assert len(laid) == len(wires)
         spans = [span for span in map(_span, laid) if span.numel()]
-        with self._connected():
+        with self._connected:
             lane, end = self._connections.lane(self.rank, to, channel)
             works = [lane.send([span], end, channel) for span in spans]
 
         def wait() -> None:
-            with self._connected():
+            with self._connected:
                 for work in works:
                     work.wait()
             spans.clear()  # until here the memory must stay
@@ -53,12 +55,12 @@ class ProcessTransport(Transport):
     def receive(self, wires: Sequence[Wire], source: int, channel: int, device: torch.device) -> Arrival:
         tensors = [_empty(wire, device) for wire in wires]
         spans = [span for span in map(_span, tensors) if span.numel()]
-        with self._connected():
+        with self._connected:
             lane, end = self._connections.lane(source, self.rank, channel)
             works = [lane.recv([span], end, channel) for span in spans]
 
         def wait() -> list[torch.Tensor]:
-            with self._connected():
+            with self._connected:
                 for work in works:
                     work.wait()
             return tensors
@@ -68,7 +70,7 @@ class ProcessTransport(Transport):
     @override
     def exchange(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.ranks
-        with self._connected():
+        with self._connected:
             dist.all_gather_object(found, value, self._group)
         return found
 
@@ -76,10 +78,11 @@ class ProcessTransport(Transport):
     def numbers(self, number: int) -> list[int] | None:
         if not self._is_gloo:
             return None  # it would make the host wait for the GPU
-        found = [torch.empty(1, dtype=torch.int64) for _ in range(self.ranks)]
-        with self._connected():
-            self._connections.everyone.allgather([found], [torch.tensor([number])]).wait()
-        return [int(one) for one in found]
+        mine, everyones = self._told
+        mine.fill_(number)
+        with self._connected:
+            self._connections.everyone.allgather([everyones], [mine]).wait()
+        return [int(one) for one in everyones]
 
     @override
     def fail(self, error: BaseException) -> None:
@@ -100,19 +103,27 @@ class ProcessTransport(Transport):
     def share(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         options = dist.BroadcastOptions()
         options.rootRank = source
-        with self._connected():
+        with self._connected:
             self._connections.everyone.broadcast([tensor], options).wait()
         return tensor
 
-    @contextlib.contextmanager
-    def _connected(self) -> Iterator[None]:
-        """Whatever torch raises of a transfer in the block becomes a `TransportError`; its words differ by moment."""
-        try:
-            yield
-        except RuntimeError as error:
+
+@final
+class _Connected:
+    """Whatever torch raises of a transfer in the block becomes a `TransportError`; its words differ by moment."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, RuntimeError):
             raise TransportError(
                 "the connection to another rank was lost",
-                where=f"rank {self.rank}",
+                where=f"rank {self._rank}",
                 why=f"that rank has failed, ended or hangs, and its own error says more ({error})",
                 remedy="make a new runner on every rank once the cause is mended",
             ) from error
@@ -122,18 +133,12 @@ def _span(tensor: torch.Tensor) -> torch.Tensor:
     """The memory between the first and the last element, as one row: what travels."""
     if tensor.is_contiguous():
         return tensor.view(-1)
-    return tensor.as_strided((_length(tensor.shape, tensor.stride()),), (1,))
-
-
-def _length(shape: Sequence[int], stride: Sequence[int]) -> int:
-    if 0 in shape:
-        return 0
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    length = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((length if tensor.numel() else 0,), (1,))
 
 
 def _empty(wire: Wire, device: torch.device) -> torch.Tensor:
-    memory = torch.empty(_length(wire.shape, wire.stride), dtype=wire.dtype, device=device)
-    return memory.as_strided(wire.shape, wire.stride)
+    return torch.empty_strided(wire.shape, wire.stride, dtype=wire.dtype, device=device)
 
 
 def _laid(tensor: torch.Tensor, wire: Wire) -> torch.Tensor:

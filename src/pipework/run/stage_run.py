@@ -23,6 +23,7 @@ from pipework.split.cut import Edge
 from pipework.split.draws import DrawKey
 from pipework.split.pipe import Variant
 from pipework.split.stage import Stage
+from pipework.split.torch_private import run_backward
 
 NOTHING = contextlib.nullcontext()
 
@@ -200,7 +201,7 @@ class StageRun:
             roots.append(kept.loss)
             seeds.append(None)
         if roots:
-            torch.autograd.backward(roots, seeds)
+            run_backward(roots, seeds)
 
     def input_gradient(self, microbatch: int, kept: Kept, gradients: Sequence[Tensors]) -> Later:
         """Go back as `backward` does, but leave the gradients of weights for later."""

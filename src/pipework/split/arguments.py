@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from pipework.errors import InputError
-from pipework.split.trees import held, leaves, named_leaves
+from pipework.split.trees import fill, held, leaves, named_leaves
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,6 +29,10 @@ class Arguments:
     def with_values(self, values: Mapping[str, Any]) -> Arguments:
         """The same call with other values."""
         return dataclasses.replace(self, values=values)
+
+    def filled(self, leaves: Sequence[Any]) -> Arguments:
+        """The same call with other leaves."""
+        return self.with_values(fill(dict(self.values), leaves))
 
     def split(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What to call the model with: what came by position goes by position."""

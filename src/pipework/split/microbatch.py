@@ -28,6 +28,11 @@ def chunk(values: Mapping[str, Any], microbatches: int, spec: Mapping[str, Any] 
     >>> chunk({"x": x, "scale": 0.5}, 2)
     [{'x': tensor([0, 1]), 'scale': 0.5}, {'x': tensor([2, 3]), 'scale': 0.5}]
     """
+    return [fill(dict(values), row) for row in rows(values, microbatches, spec)]
+
+
+def rows(values: Mapping[str, Any], microbatches: int, spec: Mapping[str, Any] | None = None) -> list[list[Any]]:
+    """The leaves of each microbatch's arguments from left to right, as `chunk` puts them into the arguments."""
     spec = spec or {}
     unknown = [name for name in spec if name not in values]
     if unknown:
@@ -35,14 +40,15 @@ def chunk(values: Mapping[str, Any], microbatches: int, spec: Mapping[str, Any] 
             f"the chunk spec names {unknown[0]!r}, which was not passed",
             remedy=f"the arguments are {', '.join(values)}",
         )
-    rows: list[list[Any]] = [[] for _ in range(microbatches)]
+    columns: list[Sequence[Any]] = []
     plain: dict[str, int] = {}  # leaves split without a spec, by their size
     for argument, value in values.items():
         found = list(named_leaves(value, argument))
-        for (name, leaf), rule in zip(found, _spread(spec.get(argument, UNSAID), value, argument), strict=True):
-            for row, part in zip(rows, _parts(name, leaf, rule, microbatches, plain), strict=True):
-                row.append(part)
-    return [fill(dict(values), row) for row in rows]
+        rules = _spread(spec[argument], value, argument) if argument in spec else [UNSAID] * len(found)
+        columns += [
+            _parts(name, leaf, rule, microbatches, plain) for (name, leaf), rule in zip(found, rules, strict=True)
+        ]
+    return [[column[number] for column in columns] for number in range(microbatches)]
 
 
 def _spread(spec: Any, value: Any, name: str) -> list[Any]:

@@ -46,6 +46,8 @@ _WHOLE = (torch.Tensor, Ref, nn.Module, ModuleRef, type, FunctionType, MethodTyp
 
 def children(node: Any) -> Parts | None:
     """The accessors (`[0]`, `['key']`, `.field`), the children and the way back; None for a leaf."""
+    if type(node) is torch.Tensor:  # as nearly all are
+        return None
     return _container(node) or (_object(node) if is_object(node) else None)
 
 
