@@ -3,13 +3,14 @@
 Two processes over Gloo, a thread each; over NCCL where there are two GPUs. On one GPU, what one can honestly run: ranks
 as threads that share it, and the unsplit model. All compute the same numbers from the same weights, which is checked.
 
-    python -m benchmarks.pipelines [--sizes demo] [--families one_f_one_b,zero_bubble_v] [--only pipework,traced]
+    python -m benchmarks.pipelines [--sizes demo] [--families one_f_one_b,zero_bubble_v] [--only 'pipework|traced']
         [--ranks-as gloo] [--repeats 15] [--seconds 0.2] [--compiler inductor]
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +62,7 @@ COMPILED, WHOLE = "pipework, compiled blocks", "pipework, compiled stages"
 HAND_WRITTEN, TRACED, STAGES = "peer, hand-written stages", "peer, traced stages", "peer, compiled stages"
 DDP, FSDP, APART = "DDP", "FSDP2", "ranks apart, nothing sent"
 ONE, ONE_COMPILED, ONE_CAPTURED = "one device", "one device, compiled blocks", "one device, CUDA graph"
+ALWAYS = (ONE, ONE_CAPTURED, APART)  # what the others are held to
 OF_PEER = (HAND_WRITTEN, TRACED, STAGES)
 LIKE = {OURS: HAND_WRITTEN, GRAPHS: HAND_WRITTEN, COMPILED: STAGES, WHOLE: STAGES}
 BALANCED, EVEN = "balanced", "even"  # by counted costs, in any place; as many blocks each, as written by hand
@@ -96,8 +98,8 @@ class Measured:
         self.returned.append(returned)
 
 
-def entries(families: Sequence[str], only: Sequence[str] = ()) -> dict[Entry, Make]:
-    """All contenders, or those whose kind has one of the words in it."""
+def entries(families: Sequence[str], only: str = "") -> dict[Entry, Make]:
+    """All contenders, or those in whose kind the regular expression is found."""
     found: dict[Entry, Make] = {
         Entry(ONE): one_device,
         Entry(ONE_CAPTURED): captured,
@@ -117,11 +119,7 @@ def entries(families: Sequence[str], only: Sequence[str] = ()) -> dict[Entry, Ma
             found[Entry(HAND_WRITTEN, family, EVEN)] = partial(hand_written, family=family)
             found[Entry(TRACED, family, EVEN)] = partial(traced, family=family)
             found[Entry(STAGES, family, EVEN)] = partial(hand_written, family=family, compiled=True)
-    return {
-        entry: make
-        for entry, make in found.items()
-        if not only or any(word in entry.kind for word in (ONE, APART, *only))
-    }
+    return {entry: make for entry, make in found.items() if entry.kind in ALWAYS or re.search(only, entry.kind)}
 
 
 # ---------------------------------------------------------------------- on the ranks
@@ -214,7 +212,7 @@ def measured(
     size: Size,
     device: torch.device,
     families: Sequence[str],
-    only: Sequence[str],
+    only: str,
     repeats: int,
     seconds: float,
     compiler: str,
@@ -348,7 +346,7 @@ def benchmark(
     size: Size,
     ranks_as: str = "gloo",
     families: Sequence[str] = TRAINING,
-    only: Sequence[str] = (),
+    only: str = "",
     repeats: int = 15,
     seconds: float = 0.2,
     compiler: str = "inductor",
@@ -356,7 +354,7 @@ def benchmark(
     print(f"{size}, ranks as {ranks_as}", flush=True)
     on_cuda = ranks_as == "nccl" or (ranks_as == "threads" and torch.cuda.is_available())
     device = torch.device("cuda" if on_cuda else "cpu")
-    given = (size, device, tuple(families), tuple(only), repeats, seconds, compiler)
+    given = (size, device, tuple(families), only, repeats, seconds, compiler)
     found = measured(None, *given) if ranks_as == "threads" else on_ranks(measured, *given, backend=ranks_as)[0]
     devices = 1 if ranks_as == "threads" else found["ranks"]
     claim = f"{size}, {size.microbatches} microbatches, 2 ranks as {ranks_as}.\n\n{CLAIM}"
@@ -371,16 +369,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default=",".join(size.name for size in usual_sizes(here)))
     parser.add_argument("--families", default=",".join(TRAINING))
-    parser.add_argument("--only", default="", help="words in the names of contenders; one device is always there")
+    parser.add_argument("--only", default="", help="contenders whose name has this regular expression in it")
     parser.add_argument("--ranks-as", choices=["gloo", "nccl", "threads"], default=here)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=0.2, help="of one repeat of a step without a bubble")
     parser.add_argument("--compiler", default="inductor", help="the backend of torch.compile")
     given = parser.parse_args()
-    families, only = given.families.split(","), given.only.split(",") if given.only else ()
+    what = given.ranks_as, given.families.split(","), given.only, given.repeats, given.seconds, given.compiler
     for name in given.sizes.split(","):
-        one = benchmark(BY_NAME[name], given.ranks_as, families, only, given.repeats, given.seconds, given.compiler)
-        one.write()
+        benchmark(BY_NAME[name], *what).write()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
 from collections.abc import Callable
@@ -20,7 +21,8 @@ LIMIT = timedelta(minutes=5)  # for one transfer, before its ranks raise
 def on_ranks(function: Callable[..., Result], *args: object, ranks: int = 2, backend: str = "gloo") -> list[Result]:
     """What `function(group, *args)` returns on each rank, in rank order; the function is to be found in its module.
 
-    With NCCL each rank has the GPU of its number, with Gloo one thread. An error on any rank ends all, and is raised.
+    With NCCL each rank has the GPU of its number; where there are fewer GPUs, ranks share them. With Gloo each has one
+    thread. An error on any rank ends all, and is raised.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         torch.multiprocessing.spawn(_rank, (Path(folder), ranks, backend, function, args), nprocs=ranks)
@@ -40,7 +42,10 @@ def _rank(
     import torch.distributed.nn  # before there is a group; see pipework.cli.launch
 
     if backend == "nccl":
-        torch.cuda.set_device(rank)
+        gpus = torch.cuda.device_count()
+        torch.cuda.set_device(rank % gpus)
+        if gpus < ranks:  # which NCCL refuses on one host
+            os.environ |= {"NCCL_HOSTID": f"host {rank}", "NCCL_SOCKET_IFNAME": "lo"}
     else:
         torch.set_num_threads(1)
     # A file as the meeting point needs no port; Gloo lets the system choose those of its own connections.
