@@ -87,6 +87,21 @@ def test_activations_are_kept_once_and_parameters_not_at_all() -> None:
     assert [p.cost.activation for p in module_costs(model, (numbers(),), stages=3).parts] == [128, 0, 128]
 
 
+def test_of_what_is_kept_through_views_the_whole_memory_counts() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = linear(8, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate, value = self.both(x).chunk(2, dim=-1)
+            return gate * value
+
+    x = numbers(4, 8)
+    (part,) = module_costs(nn.Sequential(Gated()), (x,), stages=1).parts
+    assert part.cost.activation == x.nbytes + 2 * x.nbytes
+
+
 def test_without_values_the_counts_are_the_same() -> None:
     with torch.device("meta"):
         unreal = blocks(3)

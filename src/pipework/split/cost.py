@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
-from pipework.split.torch_private import WithoutFunctionModes, storage_of
+from pipework.split.torch_private import WithoutFunctionModes, memory_of, storage_of
 from pipework.split.trees import leaves
 
 OPERATIONS_PER_ELEMENT = 10.0
@@ -108,7 +108,7 @@ class Meter:
         storage = storage_of(tensor)
         if storage not in self._kept:
             self._kept.add(storage)
-            self._total += Cost(activation=tensor.numel() * tensor.element_size())
+            self._total += Cost(activation=memory_of(tensor))
         with WithoutFunctionModes():
             return tensor.detach()  # itself would hold on to the node that it is kept for, and never be freed
 

@@ -54,6 +54,14 @@ def storage_of(tensor: torch.Tensor) -> int:
         return -id(tensor)
 
 
+def memory_of(tensor: torch.Tensor) -> int:
+    """The bytes that a tensor keeps: of a view, those of all that it is a view of."""
+    try:
+        return tensor.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):
+        return tensor.numel() * tensor.element_size()
+
+
 def version_of(tensor: torch.Tensor) -> int:
     """How often the tensor, or a view of it, has been written in place; 0 for inference tensors, which do not count."""
     return 0 if tensor.is_inference() else tensor._version
@@ -308,6 +316,7 @@ __all__ = [
     "is_compiled_in_place",
     "is_persistent",
     "makes_nvtx_ranges",
+    "memory_of",
     "no_view",
     "parameters_of",
     "plain_torch_function",
