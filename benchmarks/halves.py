@@ -1,8 +1,13 @@
 """A backward in two halves (I, then W) against the backward in one piece (B), on one stage of the demo's GPT.
 
+A third contender shows what two passes cost without pipework: autograd itself is asked for the gradients of the input
+and of each Linear's output, and then one product is made of each of these, with no Python between. Where its modules
+are, what they saved and what shares their weights it is told beforehand, so that it can do this on these blocks alone.
+
 Each contender has a process of its own, as in training. In one process the first to come would leave its gradients in
 the heap among the other's memory, and by where they lie glibc gives more or less of it back to the system, to be mapped
-anew: up to a twentieth of the time. How a heap comes to lie is luck even so, and the processes start several times.
+anew: up to a tenth of the time. So here glibc gives nothing back. Where memory lies is luck even so, and the processes
+start several times.
 
     python -m benchmarks.halves [--starts 7] [--repeats 9] [--microbatches 8]
 """
@@ -10,14 +15,18 @@ anew: up to a twentieth of the time. How a heap comes to lie is luck even so, an
 from __future__ import annotations
 
 import argparse
+import os
 import time
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import cache, partial
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from benchmarks.results import Ratio, Result, milliseconds
 from benchmarks.sizes import SIZES, Size
@@ -25,14 +34,14 @@ from pipework.run.backward import SplitBackward
 
 CLAIM = (
     "Milliseconds of processor time for one microbatch's backward, and for its forward and backward, on half the "
-    "blocks of the model, each contender in a process of its own; median over alternating repeats. Ratios are the time "
-    "in two halves over that in one piece, by repeat: median (least to greatest). 1.03 at most is wanted of I + W "
-    "against B at the demo's size, and is not reached there: other runs of the same script gave 1.04 to 1.07, and so "
-    "they did with glibc's trimming off (MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ at 1000000000). What it "
-    "costs: some 10 microseconds of Python per module in I and W together, and about as many in F, or twice as many at "
-    "the demo's size; and gradients that wait are read again when other data have been through the cache."
+    "blocks of the model, each contender in a process of its own; median over alternating repeats. Ratios are to the "
+    "time in one piece, by repeat: median (least to greatest). 1.03 at most is wanted of I + W against B at the demo's "
+    "size; there two passes of autograd itself, without a line of pipework, take about that: gradients that wait are "
+    "written to memory and read again. The rest is some 10 microseconds of Python per module in I and W together, and "
+    "about as many in F, or twice as many at the demo's size, where its code leaves the cache between two calls."
 )
-ONE_PIECE, TWO_HALVES = "B", "I + W"
+ONE_PIECE, TWO_HALVES, NATIVE = "B", "I + W", "autograd alone"
+HEAP = {f"MALLOC_{name}_": "1000000000" for name in ("TRIM_THRESHOLD", "MMAP_THRESHOLD", "TOP_PAD")}
 Times = tuple[float, float]
 
 
@@ -45,8 +54,12 @@ class Half:
         shape = size.sequences, size.context, size.width
         self.x, self.seed = torch.randn(shape), torch.randn(shape)
 
+        linears = [p for m in self.blocks.modules() if isinstance(m, nn.Linear) for p in (m.weight, m.bias)]
+        self.others = [p for p in self.blocks.parameters() if all(p is not other for other in linears)]
+
     def forward(self) -> Tensor:
-        return self.blocks(self.x.detach().requires_grad_())
+        self.given = self.x.detach().requires_grad_()
+        return self.blocks(self.given)
 
     def one_piece(self) -> Times:
         begin = time.thread_time()
@@ -68,6 +81,45 @@ class Half:
         end = time.thread_time()
         return end - middle, end - begin
 
+    def autograd_alone(self) -> Times:
+        begin = time.thread_time()
+        out = self.forward()
+        middle = time.thread_time()
+        edges, products = _products(out)
+        after = time.thread_time()
+        wanted: list[Any] = [self.given, *self.others, *edges]
+        found = deque(torch.autograd.grad([out], wanted, [self.seed]))
+        found.popleft()
+        for parameter in self.others:
+            _add(parameter, found.popleft())
+        with torch.no_grad():
+            while found:
+                gradient, (x, weight, bias) = found.popleft(), products.popleft()
+                _add(weight, gradient.t() @ x)
+                _add(bias, gradient.sum(0))
+        end = time.thread_time()
+        return end - after, end - after + middle - begin
+
+
+def _products(out: Tensor) -> tuple[list[GradientEdge], deque[tuple[Tensor, Tensor, Tensor]]]:
+    """The products with a weight in the graph: where the gradient of each comes; its input, its weight and its bias."""
+    nodes: list[Any] = [out.grad_fn]
+    for node in nodes:
+        nodes += [after for after, _ in node.next_functions if after is not None and after not in nodes]
+    products = [node for node in nodes if node.name() == "AddmmBackward0"]
+    known = deque[tuple[Tensor, Tensor, Tensor]]()
+    for node in products:
+        (bias, _), _, (transposed, _) = node.next_functions
+        known.append((node._saved_mat1.detach(), transposed.next_functions[0][0].variable, bias.variable))
+    return [GradientEdge(node, 0) for node in products], known
+
+
+def _add(parameter: Tensor, gradient: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad.add_(gradient)
+
 
 @cache
 def half_of(size: Size) -> Half:
@@ -78,14 +130,14 @@ def half_of(size: Size) -> Half:
 
 def averaged(name: str, size: Size, microbatches: int) -> Times:
     half = half_of(size)
-    call = half.one_piece if name == ONE_PIECE else half.two_halves
+    call = {ONE_PIECE: half.one_piece, TWO_HALVES: half.two_halves, NATIVE: half.autograd_alone}[name]
     call()
     times = [call() for _ in range(microbatches)]
     return sum(backward for backward, _ in times) / microbatches, sum(both for _, both in times) / microbatches
 
 
 def alternated(size: Size, starts: int, repeats: int, microbatches: int) -> dict[str, list[Times]]:
-    found: dict[str, list[Times]] = {ONE_PIECE: [], TWO_HALVES: []}
+    found: dict[str, list[Times]] = {ONE_PIECE: [], TWO_HALVES: [], NATIVE: []}
     for _ in range(starts):
         with ExitStack() as stack:
             processes = {n: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for n in found}
@@ -96,15 +148,18 @@ def alternated(size: Size, starts: int, repeats: int, microbatches: int) -> dict
 
 
 def benchmark(sizes: tuple[Size, ...] = SIZES, starts: int = 7, repeats: int = 9, microbatches: int = 8) -> Result:
-    rows, data = [], {}
+    rows, data, found = [], {}, {}
+    os.environ |= HEAP  # read by the processes as they start
     for size in sizes:
         print(size, flush=True)
         found = alternated(size, starts, repeats, microbatches)
         data[size.name] = found
         for what, place in (("backward", 0), ("forward and backward", 1)):
-            whole, halves = ([times[place] for times in found[name]] for name in (ONE_PIECE, TWO_HALVES))
-            rows.append([str(size), what, milliseconds(whole), milliseconds(halves), str(Ratio.of(halves, whole))])
-    columns = ["model", "what", "in one piece", "in two halves", "two halves / one piece"]
+            whole, *others = ([times[place] for times in found[name]] for name in found)
+            rows.append(
+                [str(size), what, *map(milliseconds, (whole, *others)), *(str(Ratio.of(o, whole)) for o in others)]
+            )
+    columns = ["model", "what", *found, *(f"{name} / {ONE_PIECE}" for name in list(found)[1:])]
     counts = {"starts": starts, "repeats": repeats, "microbatches": microbatches}
     return Result("halves", CLAIM, columns, rows, {**counts, "seconds": data})
 

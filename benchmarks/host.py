@@ -26,10 +26,13 @@ from benchmarks.sizes import BY_NAME, Size, loss
 
 CLAIM = (
     "Microseconds of processor time for one action (one microbatch's forward or backward of one stage), median over "
-    "alternating repeats, 1F1B. By hand: the stage called and gone back through without a pipeline."
+    "alternating repeats; 1F1B where ranks are several. One process has two stages and sends nothing: what remains is "
+    "the runtime itself. By hand: the stages called and gone back through, in one piece, without a pipeline. The ratio "
+    "is what pipework adds to that over what the peer adds; at most a half is wanted."
 )
 BY_HAND, OURS, PEER = "by hand", "pipework", "torch.distributed.pipelining"
 FAMILY = "one_f_one_b"
+ALONE = ("interleaved_one_f_one_b", "interleaved_zero_bubble", "zero_bubble_v")  # two stages on a rank
 
 
 def by_hand(size: Size, rank: int) -> Contender:
@@ -58,6 +61,33 @@ def on_processes(group: dist.ProcessGroup, size: Size, repeats: int, seconds: fl
         PEER: hand_written(case, FAMILY),
     }
     return _measured(contenders, repeats, seconds, time.thread_time, partial(dist.barrier, group))
+
+
+def on_one_process(group: dist.ProcessGroup, size: Size, repeats: int, seconds: float) -> dict[str, dict[str, Any]]:
+    case, found = Case(size, group, ranks=1), {}
+    for family in ALONE:
+        contenders = {
+            BY_HAND: _chained(size),
+            OURS: ours(case, family, balanced=False),
+            PEER: hand_written(case, family),
+        }
+        found[family] = _measured(contenders, repeats, seconds, time.thread_time, partial(dist.barrier, group))
+    return found
+
+
+def _chained(size: Size) -> Contender:
+    """Both stages by hand, the second on what the first made."""
+    model = size.model()
+    first, second = (handwritten.stage(model, index, stages=2) for index in range(2))
+
+    def step() -> None:
+        for tokens, aim in size.parts():
+            made = first(tokens)
+            given = made.detach().requires_grad_()
+            (loss(second(given), aim) / size.microbatches).backward()
+            made.backward(given.grad)
+
+    return Contender(dict(model.named_parameters()), step, 4 * size.microbatches)
 
 
 def on_threads(size: Size, repeats: int, seconds: float) -> dict[str, Any]:
@@ -96,15 +126,19 @@ def benchmark(size: Size = BY_NAME["minimal"], repeats: int = 7, seconds: float 
     torch.set_num_threads(1)
     ranks = on_ranks(on_processes, size, repeats, seconds)
     threads = on_threads(size, repeats, seconds)
+    (alone,) = on_ranks(on_one_process, size, repeats, seconds, ranks=1)
     per_rank, rows = 2 * size.microbatches, []
     cases = [(f"process {rank} of 2", found, per_rank) for rank, found in enumerate(ranks)]
-    for where, found, actions in [*cases, ("2 threads", threads, 2 * per_rank)]:
+    cases += [("2 threads", threads, 2 * per_rank)]
+    cases += [(f"1 process, {family}", found, 2 * per_rank) for family, found in alone.items()]
+    for where, found, actions in cases:
         micro = {name: statistics.median(times) / actions * 1e6 for name, times in found.items()}
-        beside = {name: f"{value:.0f} (+{value - micro[BY_HAND]:.0f})" for name, value in micro.items()}
-        rows.append([where, f"{micro[BY_HAND]:.0f}", beside[OURS], beside.get(PEER, "-")])
-    columns = ["ranks", BY_HAND, OURS, PEER]
+        added = {name: value - micro[BY_HAND] for name, value in micro.items()}
+        told = {name: f"{micro[name]:.0f} (+{added[name]:.0f})" for name in micro}
+        ratio = f"{added[OURS] / added[PEER]:.2f}" if PEER in added else "-"
+        rows.append([where, f"{micro[BY_HAND]:.0f}", told[OURS], told.get(PEER, "-"), ratio])
+    columns = ["ranks", BY_HAND, OURS, PEER, "ratio"]
     data = {"model": str(size), "repeats": repeats, "processor seconds": {where: found for where, found, _ in cases}}
-    data["processor seconds"]["2 threads"] = threads
     return Result("host", CLAIM, columns, rows, data)
 
 
