@@ -186,7 +186,8 @@ def benchmark(size: Size) -> Result:
     data = {"model": str(size), "gpus": torch.cuda.device_count()}
     data["stages"] = {count: [stage._asdict() for stage in each] for count, each in ranks[0][1].items()}
     data["ranks"] = [{name: found._asdict() for name, found in each.items()} for each, _ in ranks]
-    claim = f"{size}, {size.microbatches} microbatches, two processes on {torch.cuda.device_count()} GPUs.\n\n{CLAIM}"
+    where = "with a GPU each" if torch.cuda.device_count() > 1 else "that share a GPU"
+    claim = f"{size}, {size.microbatches} microbatches, two processes {where}.\n\n{CLAIM}"
     return Result(f"peaks-{size.name}", claim, columns, rows, data)
 
 

@@ -59,12 +59,13 @@ greatest); above 1, the contender of the row is faster.
 
 OURS, GRAPHS = "pipework", "pipework, CUDA graphs"
 COMPILED, WHOLE = "pipework, compiled blocks", "pipework, compiled stages"
+COMPILED_GRAPHS = "pipework, compiled blocks, CUDA graphs"
 HAND_WRITTEN, TRACED, STAGES = "peer, hand-written stages", "peer, traced stages", "peer, compiled stages"
 DDP, FSDP, APART = "DDP", "FSDP2", "ranks apart, nothing sent"
 ONE, ONE_COMPILED, ONE_CAPTURED = "one device", "one device, compiled blocks", "one device, CUDA graph"
 ALWAYS = (ONE, ONE_CAPTURED, APART)  # what the others are held to
 OF_PEER = (HAND_WRITTEN, TRACED, STAGES)
-LIKE = {OURS: HAND_WRITTEN, GRAPHS: HAND_WRITTEN, COMPILED: STAGES, WHOLE: STAGES}
+LIKE = {OURS: HAND_WRITTEN, GRAPHS: HAND_WRITTEN, COMPILED: STAGES, COMPILED_GRAPHS: STAGES, WHOLE: STAGES}
 BALANCED, EVEN = "balanced", "even"  # by counted costs, in any place; as many blocks each, as written by hand
 STEADY = 3  # the step from which on each is like the one before: caches are filled, graphs captured
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # where other kernels or another order round otherwise
@@ -114,6 +115,9 @@ def entries(families: Sequence[str], only: str = "") -> dict[Entry, Make]:
         found[Entry(GRAPHS, family, BALANCED)] = partial(ours, family=family, balanced=True, graphs=True)
         found[Entry(GRAPHS, family, EVEN)] = partial(ours, family=family, balanced=False, graphs=True)
         found[Entry(COMPILED, family, EVEN)] = partial(ours, family=family, balanced=False, compiled=True)
+        found[Entry(COMPILED_GRAPHS, family, EVEN)] = partial(
+            ours, family=family, balanced=False, compiled=True, graphs=True
+        )
         found[Entry(WHOLE, family, EVEN)] = partial(ours, family=family, balanced=False, whole=True)
         if family in PEERS:
             found[Entry(HAND_WRITTEN, family, EVEN)] = partial(hand_written, family=family)
@@ -260,7 +264,7 @@ def _checked(
         return known[key]
 
     for entry, make in wanted.items():
-        compiled = entry.kind in (COMPILED, ONE_COMPILED)
+        compiled = entry.kind in (COMPILED, COMPILED_GRAPHS, ONE_COMPILED)
         is_equal = deterministic and entry.kind in LIKE and entry.kind != WHOLE  # which rounds by its stages
         allowed = 0.0 if is_equal else TOLERANCE[case.size.dtype]
         try:

@@ -17,7 +17,10 @@ def test_every_contender_has_a_row_with_figures_or_a_reason() -> None:
     assert all(len(row) == len(found.columns) for row in found.rows)
     without = {key: row[3] for key, row in rows.items() if not row[3][0].isdigit()}
     reasons = {
-        "needs a GPU": {(pipelines.ONE_CAPTURED, "-"), *((pipelines.GRAPHS, family) for family in FAMILIES)},
+        "needs a GPU": {
+            (pipelines.ONE_CAPTURED, "-"),
+            *((kind, family) for kind in (pipelines.GRAPHS, pipelines.COMPILED_GRAPHS) for family in FAMILIES),
+        },
         "fails: ": {(pipelines.TRACED, "zero_bubble_v"), (pipelines.STAGES, "zero_bubble_v")},
     }
     for reason, keys in reasons.items():

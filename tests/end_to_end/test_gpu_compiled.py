@@ -102,3 +102,30 @@ def test_compiled_stages_equal_the_same_stages_called_in_turn(
 
 def test_a_mode_of_the_compiler() -> None:
     assert_equal(*pipes(mode="max-autotune-no-cudagraphs"), "zero_bubble_v")
+
+
+@pytest.mark.parametrize("what", ["blocks", "stages"])
+@pytest.mark.parametrize("family", ["one_f_one_b", "zero_bubble_v"])
+def test_compiled_code_in_a_captured_step(family: str, what: str) -> None:
+    chosen = FAMILIES[family]
+    runners: list[Runner] = []
+    for graphs in (True, False):
+        whole = model(compiled=what == "blocks")
+        pipe = pipework.pipeline(whole, (INPUTS[:2].cuda(),), split_spec=cuts(2 * chosen.per_rank))
+        if what == "stages":
+            pipe.compile()
+        schedule = chosen.build(pipe.layout(2, chosen.place), PARTS)
+        runners.append(Runner(pipe, schedule, loss=crossed, graphs=graphs))
+    captured, as_ever = runners
+    captured.seed = as_ever.seed = 3
+    for step in range(5):
+        one, other = (runner.step(INPUTS.cuda(), target=TARGET.cuda()) for runner in runners)
+        assert torch.equal(one, other), step
+        theirs = dict(as_ever.named_parameters())
+        for name, parameter in captured.named_parameters():
+            gradient, wanted = parameter.grad, theirs[name].grad
+            assert gradient is not None
+            assert wanted is not None
+            assert torch.equal(gradient, wanted), (step, name)
+            parameter.grad = theirs[name].grad = None
+    assert len(captured.captured) == 1

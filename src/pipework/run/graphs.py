@@ -50,6 +50,15 @@ class Captured:
     draws: GraphDraws
 
 
+@dataclasses.dataclass(slots=True)
+class _Kind:
+    """One kind of step, as far as it has come."""
+
+    draws: GraphDraws = dataclasses.field(default_factory=GraphDraws)
+    made: int = 0  # steps of it
+    captured: Captured | None = None
+
+
 @final
 class Graphs:
     """The steps of one plan: as ever, captured, or replayed."""
@@ -61,11 +70,14 @@ class Graphs:
         self._parameters = list(dict.fromkeys(p for stage in stages for p in stage.parameters()))
         self._stream = torch.cuda.Stream(self._device)
         self._pool = torch.cuda.graph_pool_handle()  # for all graphs at hand: no two run at once
-        self._seen: dict[Any, int] = {}
-        self._draws: dict[Any, GraphDraws] = {}
-        self.captured: dict[Any, Captured] = {}
+        self._kinds: dict[Any, _Kind] = {}
         self._state = self._state_now()
         self._changes = ""  # what of it the last step itself changed
+
+    @property
+    def captured(self) -> list[Captured]:
+        """The kinds of steps that are replayed."""
+        return [kind.captured for kind in self._kinds.values() if kind.captured is not None]
 
     @staticmethod
     def _refuse_unfit(devices: Collection[torch.device]) -> None:
@@ -79,18 +91,15 @@ class Graphs:
     def step(self, batch: Batch, draw: DrawKey, eager: Eager) -> Losses:
         """One step, in whichever way."""
         self._forget_if_changed()
-        key = self._key(batch)
-        seen = self._seen.get(key, 0)
-        self._seen[key] = seen + 1
-        draws = self._draws.setdefault(key, GraphDraws())
-        if seen == WARM and (reason := _unfit(batch) or self._changes):
+        kind = self._kinds.setdefault(self._key(batch), _Kind())
+        made, kind.made = kind.made, kind.made + 1
+        if made == WARM and (reason := _unfit(batch) or self._changes):
             _warn(reason)
-        elif seen == WARM:
-            self._capture(key, batch, draws, eager)
-        found = self.captured.get(key)
-        if found is not None:
-            return self._replay(found, batch, draw)
-        with draws.noted() if seen == WARM - 1 else contextlib.nullcontext():
+        elif made == WARM:
+            self._capture(kind, batch, eager)
+        if kind.captured is not None:
+            return self._replay(kind.captured, batch, draw)
+        with kind.draws.noted() if made == WARM - 1 else contextlib.nullcontext():
             losses = eager(batch, False)
         after = self._state_now()
         self._changes, self._state = _difference(self._state, after), after
@@ -105,7 +114,7 @@ class Graphs:
 
     # ------------------------------------------------------------------ capture
 
-    def _capture(self, key: Any, batch: Batch, draws: GraphDraws, eager: Eager) -> None:
+    def _capture(self, kind: _Kind, batch: Batch, eager: Eager) -> None:
         """Capture this kind of step; where that cannot be done, say why, and leave everything as it was."""
         still = _still(batch, self._device)
         before = {p: p.grad for p in self._parameters}
@@ -115,11 +124,11 @@ class Graphs:
         torch.cuda.empty_cache()
         reserved = torch.cuda.memory_reserved(self._device)
         try:
-            with draws.drawn_in(graph, self._device), torch.cuda.stream(self._stream), _refusing_waits():
+            with kind.draws.drawn_in(graph, self._device), torch.cuda.stream(self._stream), _refusing_waits():
                 losses = self._captured(graph, lambda: eager(still, True))
             gradients = {p: p.grad for p in self._parameters}
             memory = torch.cuda.memory_reserved(self._device) - reserved
-            self.captured[key] = Captured(memory, graph, still, losses, gradients, draws)
+            kind.captured = Captured(memory, graph, still, losses, gradients, kind.draws)
         except Exception as error:
             if not self.captured:
                 self._pool = torch.cuda.graph_pool_handle()
@@ -179,8 +188,7 @@ class Graphs:
         if state != self._state:
             self._state = state
             self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are gone cannot be used again
-            for known in (self.captured, self._draws, self._seen):
-                known.clear()
+            self._kinds.clear()
 
 
 @contextlib.contextmanager

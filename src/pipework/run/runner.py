@@ -283,7 +283,7 @@ class Runner:
     @property
     def captured(self) -> tuple[Captured, ...]:
         """The kinds of steps that are replayed, one for each shape of inputs and for gradients there before or not."""
-        return tuple(c for p in self._plans.values() if p.graphs is not None for c in p.graphs.captured.values())
+        return tuple(c for p in self._plans.values() if p.graphs is not None for c in p.graphs.captured)
 
     @property
     def outputs(self) -> Any:
