@@ -126,7 +126,7 @@ def ours(
         pipe = pipework.pipeline(model, example, split_spec=costs.cut_points(stages))
         schedule = planned.plan(pipe.layout(case.ranks, planned.place), size.microbatches, costs.per_stage(stages))
     else:
-        pipe = pipework.pipeline(model, example, split_spec=_cuts(size, stages, pipework.SplitPoint.BEGINNING))
+        pipe = pipework.pipeline(model, example, split_spec=cuts(size, stages, pipework.SplitPoint.BEGINNING))
         schedule = planned.build(pipe.layout(case.ranks, planned.place), size.microbatches)
     if whole:
         pipe.compile(backend=case.compiler)
@@ -147,8 +147,15 @@ def _order(schedule: pipework.Schedule) -> tuple[int, ...]:
     return order
 
 
-def _cuts(size: Size, stages: int, point: Any) -> dict[str, Any]:
+def cuts(size: Size, stages: int, point: Any) -> dict[str, Any]:
+    """A split spec of as many blocks for each stage as those written by hand have."""
     return {f"blocks.{block}": point for block in handwritten.begins(size.blocks, stages)[1:-1]}
+
+
+def splits_backwards(schedule: pipework.Schedule) -> bool:
+    """Whether any backward is in two halves."""
+    stages = range(schedule.layout.stages)
+    return any(schedule.splits(stage, microbatch) for stage in stages for microbatch in schedule.taken_by(stage))
 
 
 # ---------------------------------------------------------------------- torch.distributed.pipelining
@@ -156,9 +163,10 @@ def _cuts(size: Size, stages: int, point: Any) -> dict[str, Any]:
 
 def hand_written(case: Case, family: str, compiled: bool = False) -> Contender:
     """The peer with stages written by hand, as they are or each compiled as a whole."""
-    if compiled and _splits_backwards(case, family):
+    planned = FAMILIES[family]
+    if compiled and splits_backwards(planned.build(planned.layout(case.ranks), case.size.microbatches)):
         raise NotThereError("fails: the peer splits no backward of a compiled stage (pytorch issue 161904)")
-    group, stages = case.processes(), case.ranks * FAMILIES[family].per_rank
+    group, stages = case.processes(), case.ranks * planned.per_rank
     modules = {index: handwritten.stage(case.model(), index, stages) for index in _held(case, family)}
     for module in modules.values() if compiled else ():
         module.compile(backend=case.compiler)
@@ -175,17 +183,11 @@ def traced(case: Case, family: str) -> Contender:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # raised by the peer's own use of torch
         pipe = peer.pipeline(
-            case.model(), example, split_spec=_cuts(case.size, layout.stages, peer.SplitPoint.BEGINNING)
+            case.model(), example, split_spec=cuts(case.size, layout.stages, peer.SplitPoint.BEGINNING)
         )
     held = _held(case, family)
     modules = [pipe.get_stage_module(index) for index in held]
     return _peer(case, family, modules, [pipe.build_stage(index, case.device, group) for index in held])
-
-
-def _splits_backwards(case: Case, family: str) -> bool:
-    planned = FAMILIES[family]
-    orders = planned.build(planned.layout(case.ranks), case.size.microbatches).orders
-    return any(action.kind is Kind.WEIGHT_GRADIENT for order in orders for action in order)
 
 
 def _held(case: Case, family: str) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """A backward in two halves (I, then W) against the backward in one piece (B), on one stage of the demo's GPT.
 
 A third contender shows what two passes cost without pipework: autograd itself is asked for the gradients of the input
-and of each Linear's output, and then one product is made of each of these, with no Python between. Where its modules
-are, what they saved and what shares their weights it is told beforehand, so that it can do this on these blocks alone.
+and of each Linear's output, and then one product is made of each of these. Where its modules are and what they saved it
+is told beforehand, so that it can do this on these blocks alone.
 
 Each contender has a process of its own, as in training. In one process the first to come would leave its gradients in
 the heap among the other's memory, and by where they lie glibc gives more or less of it back to the system, to be mapped
@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from functools import cache, partial
 from multiprocessing import get_context
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +141,7 @@ def alternated(size: Size, starts: int, repeats: int, microbatches: int) -> dict
     found: dict[str, list[Times]] = {ONE_PIECE: [], TWO_HALVES: [], NATIVE: []}
     for _ in range(starts):
         with ExitStack() as stack:
+            stack.enter_context(patch.dict(os.environ, HEAP))  # read by the processes as they start
             processes = {n: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for n in found}
             for _ in range(repeats):
                 for name, times in found.items():
@@ -149,7 +151,6 @@ def alternated(size: Size, starts: int, repeats: int, microbatches: int) -> dict
 
 def benchmark(sizes: tuple[Size, ...] = SIZES, starts: int = 7, repeats: int = 9, microbatches: int = 8) -> Result:
     rows, data, found = [], {}, {}
-    os.environ |= HEAP  # read by the processes as they start
     for size in sizes:
         print(size, flush=True)
         found = alternated(size, starts, repeats, microbatches)

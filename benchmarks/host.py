@@ -38,8 +38,7 @@ ALONE = ("interleaved_one_f_one_b", "interleaved_zero_bubble", "zero_bubble_v") 
 def by_hand(size: Size, rank: int) -> Contender:
     """The stage of this rank without any pipeline: what a step cannot cost less than."""
     module = handwritten.stage(size.model(), rank, stages=2)
-    x, target = size.batch()
-    parts = list(zip(x.chunk(size.microbatches), target.chunk(size.microbatches), strict=True))
+    parts = size.parts()
     crossing = torch.randn(size.sequences, size.context, size.width)
 
     def step() -> None:
@@ -77,11 +76,11 @@ def on_one_process(group: dist.ProcessGroup, size: Size, repeats: int, seconds: 
 
 def _chained(size: Size) -> Contender:
     """Both stages by hand, the second on what the first made."""
-    model = size.model()
+    model, parts = size.model(), size.parts()
     first, second = (handwritten.stage(model, index, stages=2) for index in range(2))
 
     def step() -> None:
-        for tokens, aim in size.parts():
+        for tokens, aim in parts:
             made = first(tokens)
             given = made.detach().requires_grad_()
             (loss(second(given), aim) / size.microbatches).backward()

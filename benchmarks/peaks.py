@@ -22,11 +22,11 @@ from torch import Tensor
 
 import pipework
 from benchmarks import handwritten
-from benchmarks.contenders import TRAINING
+from benchmarks.contenders import TRAINING, cuts, splits_backwards
 from benchmarks.ranks import on_ranks
 from benchmarks.results import Result
 from benchmarks.sizes import BY_NAME, Size, loss
-from pipework.plan import FAMILIES, Costs, Family, Kind, Schedule
+from pipework.plan import FAMILIES, Costs, Family, Schedule
 from pipework.run.backward import SplitBackward
 
 MIB = 2**20
@@ -60,21 +60,21 @@ def _stage(stage: handwritten.Stage, part: tuple[Tensor, Tensor], size: Size) ->
     split = SplitBackward(stage)
     crossing = torch.randn(*tokens.shape, size.width, device=tokens.device, dtype=size.dtype)
 
-    def forward() -> tuple[Tensor, Tensor, int]:
+    def forward() -> tuple[Tensor, Tensor]:
         given = tokens if stage.first else crossing.clone().requires_grad_()
         out = stage(given)
-        return given, loss(out, target) / size.microbatches if stage.last else out, 0 if stage.first else given.nbytes
+        return given, loss(out, target) / size.microbatches if stage.last else out
 
     def back(out: Tensor) -> None:
         out.backward(None if stage.last else crossing.clone())
 
     with split.at_work():
-        _, out, _ = forward()
+        _, out = forward()
         split.look_at([out])
     back(out)  # from now on workspaces and gradients are there
     del out
     before = _now()
-    given, out, boundary = forward()
+    given, out = forward()
     activation = _now() - before - (0 if stage.last else out.nbytes)  # the output is no stage's to keep
     most = _peak() - before - activation
     _now()
@@ -83,14 +83,14 @@ def _stage(stage: handwritten.Stage, part: tuple[Tensor, Tensor], size: Size) ->
     del given, out
     _now()
     with split.at_work():
-        given, out, _ = forward()
+        given, out = forward()
         later = split.input_gradient(partial(back, out))
     del given, out
     most_halves = _peak() - before - activation
     waiting = _now() - before
     split.weight_gradient(later)
     most_halves = max(most_halves, _peak() - before - waiting)
-    return Stage(activation, waiting, boundary, most, most_halves)
+    return Stage(activation, waiting, 0 if stage.first else crossing.nbytes, most, most_halves)
 
 
 def _now() -> int:
@@ -110,10 +110,8 @@ def planned(schedule: Schedule, stages: Sequence[Stage]) -> list[tuple[float, fl
         released_by_input_gradient=tuple(1 - min(1.0, stage.waiting / stage.activation) for stage in stages),
     )
     peaks, layout = pipework.simulate(schedule, costs).peaks, schedule.layout
-    splits = any(action.kind is Kind.WEIGHT_GRADIENT for order in schedule.orders for action in order)
-    most = [
-        max(stages[i].halves if splits else stages[i].whole for i in layout.held_by(r)) for r in range(layout.ranks)
-    ]
+    alone = [stage.halves if splits_backwards(schedule) else stage.whole for stage in stages]
+    most = [max(alone[index] for index in layout.held_by(rank)) for rank in range(layout.ranks)]
     return list(zip(peaks, most, strict=True))
 
 
@@ -152,9 +150,10 @@ def _step(
     gc.collect()
     before, ranks = _now(), dist.get_world_size(group)
     count = family.per_rank * ranks
-    cuts = {f"blocks.{b}": pipework.SplitPoint.BEGINNING for b in handwritten.begins(size.blocks, count)[1:-1]}
     example = torch.empty(size.sequences, size.context, dtype=torch.long, device="meta")
-    pipe = pipework.pipeline(size.model("meta"), (example,), split_spec=cuts)
+    pipe = pipework.pipeline(
+        size.model("meta"), (example,), split_spec=cuts(size, count, pipework.SplitPoint.BEGINNING)
+    )
     schedule = family.build(pipe.layout(ranks, family.place), size.microbatches)
     if recomputes:
         schedule = schedule.recomputing()

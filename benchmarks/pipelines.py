@@ -360,7 +360,8 @@ def benchmark(
     device = torch.device("cuda" if on_cuda else "cpu")
     given = (size, device, tuple(families), only, repeats, seconds, compiler)
     found = measured(None, *given) if ranks_as == "threads" else on_ranks(measured, *given, backend=ranks_as)[0]
-    devices = 1 if ranks_as == "threads" else found["ranks"]
+    gpus = torch.cuda.device_count() if ranks_as == "nccl" else found["ranks"]
+    devices = 1 if ranks_as == "threads" else min(gpus, found["ranks"])
     claim = f"{size}, {size.microbatches} microbatches, 2 ranks as {ranks_as}.\n\n{CLAIM}"
     name = f"pipelines-{ranks_as}-{size.name}"
     return Result(

@@ -32,6 +32,10 @@ SENDS_UNDER_WAY = 4
 """Messages of one edge that may be under way before the oldest is waited for; each holds its tensors in memory."""
 
 
+Key = tuple[int, int, int]
+"""What a transfer, or a hand-over on one rank, is looked up by: from stage, to stage, microbatch."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Route:
     """Where a transfer goes."""
@@ -49,10 +53,6 @@ class Route:
         return self.layouts is None or self.layouts.settled
 
 
-Key = tuple[int, int, int]
-"""What a transfer, or a hand-over on one rank, is looked up by: from stage, to stage, microbatch."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Work:
     """One action, and where what it takes and gives is to be found."""
@@ -68,15 +68,16 @@ class Work:
         """The work of an action on its stage."""
         stage, microbatch = action.stage, action.microbatch
         if action.kind is Kind.FORWARD:
-            gives = [(end, end.edge.target) for end in run.outgoing]
+            takes, gives = [e.edge.source for e in run.incoming], [(e, e.edge.target) for e in run.outgoing]
         elif action.kind is Kind.WEIGHT_GRADIENT:
-            gives = []
+            takes, gives = [], []
         else:
-            gives = [(end, end.edge.source) for end in run.incoming if end.back]
+            takes = [e.edge.target for e in run.outgoing if e.back]
+            gives = [(e, e.edge.source) for e in run.incoming if e.back]
         return cls(
             action,
             run,
-            tuple((source, stage, microbatch) for source in run.sources[action.kind]),
+            tuple((source, stage, microbatch) for source in takes),
             tuple((end, (stage, target, microbatch)) for end, target in gives),
             (stage, microbatch),
         )

@@ -98,11 +98,11 @@ class StageRun:
         is_recomputed: bool,
     ) -> None:
         self.tied = TiedStage(index, stage, variant.ties if trains else ())
+        self.compiled = variant.compiled[index]
         self.split = split = None
         if backwards.split:
-            own = self.tied.own_parameters() if backwards.reorders else ()
-            leaves, compiled = self.tied.leaves.values(), variant.compiled[index]
-            self.split = split = SplitBackward(self.tied.stage, leaves, own, backwards.waited, compiled)
+            own, leaves = self.tied.own_parameters() if backwards.reorders else (), self.tied.leaves.values()
+            self.split = split = SplitBackward(self.tied.stage, leaves, own, backwards.waited, self.compiled)
         self.halves = dict.fromkeys(backwards.split, split) if split else {}  # by the microbatches that go back in two
         self.buffers = WrittenBuffers(stage, variant.written_buffers if trains else ())
         self.index, self.stage, self.code = index, self.tied.stage, variant.codes[index]
@@ -118,13 +118,6 @@ class StageRun:
             for edge in variant.cut.edges
             if edge.source == index
         ]
-        back = tuple(end.edge.target for end in self.outgoing if end.back)
-        self.sources = {  # the stages that each kind of action takes something from
-            Kind.FORWARD: tuple(end.edge.source for end in self.incoming),
-            Kind.BACKWARD: back,
-            Kind.INPUT_GRADIENT: back,
-            Kind.WEIGHT_GRADIENT: (),
-        }
         self.is_last = part is variant.cut.parts[-1]
         self.results = [part.outputs.index(value) for value in variant.cut.results] if self.is_last else []
         draws = any(e.draw for e in part.entries) or any(
@@ -134,7 +127,6 @@ class StageRun:
         self.recomputed = None
         if is_recomputed:
             self.recomputed = Recomputed(self.stage, variant.written_buffers, stage.replaced, draws)
-        self.compiled = variant.compiled[index]
 
     def begin(self) -> None:
         """At the start of a step."""

@@ -253,9 +253,7 @@ def _stream_of(name: str, noted: Noted) -> tuple[DrawKey, Draw] | None:
     return noted[place]
 
 
-def _watch(
-    name: str, module: nn.Module, called: Collection[nn.Module], noted: Noted
-) -> Iterator[RemovableHandle | AroundCompiled]:
+def _watch(name: str, module: nn.Module, called: Collection[nn.Module], noted: Noted) -> Iterator[Handle]:
     device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
     under_way: dict[int, list[_Call]] = {}  # by thread, the innermost last
 

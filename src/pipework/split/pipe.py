@@ -27,7 +27,7 @@ from pipework.split.stage import Code, Stage
 from pipework.split.table import table
 from pipework.split.tape import Origin, Surroundings
 from pipework.split.ties import Tie, canonical_names, ties, with_ties
-from pipework.split.torch_private import compiled_in_place, compiler, is_compiled, parameters_of
+from pipework.split.torch_private import compiler, is_compiled, is_compiled_in_place, parameters_of
 from pipework.split.trees import Ref, map_leaves
 
 
@@ -187,7 +187,7 @@ class Pipe(nn.Module):
 
     def _compiled(self) -> tuple[int, ...]:
         """Which modules are compiled in place: it may be done after the cut, and undone."""
-        return compiled_in_place(self._modules_of_model) if compiler() else ()
+        return tuple([n for n, m in enumerate(self._modules_of_model) if is_compiled_in_place(m)] if compiler() else ())
 
     def _trunk_state(self) -> tuple[Any, ...]:
         """The modes and other plain attributes of the open modules."""

@@ -48,18 +48,21 @@ def compiler() -> Any:
 
 def storage_of(tensor: torch.Tensor) -> int:
     """A number shared by the tensors that share memory; each tensor without a storage (sparse, ...) has its own."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return -id(tensor)
+    storage = _storage(tensor)
+    return -id(tensor) if storage is None else storage._cdata
 
 
 def memory_of(tensor: torch.Tensor) -> int:
     """The bytes that a tensor keeps: of a view, those of all that it is a view of."""
+    storage = _storage(tensor)
+    return tensor.numel() * tensor.element_size() if storage is None else storage.nbytes()
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
     try:
-        return tensor.untyped_storage().nbytes()
+        return tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):
-        return tensor.numel() * tensor.element_size()
+        return None
 
 
 def version_of(tensor: torch.Tensor) -> int:
@@ -163,11 +166,6 @@ def run_backward(roots: Sequence[Any], seeds: Sequence[torch.Tensor | None]) -> 
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, GradientEdge)
-
-
-def compiled_in_place(modules: Sequence[torch.nn.Module]) -> tuple[int, ...]:
-    """The places of those modules that were compiled by their own `compile()`."""
-    return tuple([number for number, module in enumerate(modules) if module._compiled_call_impl is not None])
 
 
 def is_compiled_in_place(module: torch.nn.Module) -> bool:
@@ -304,7 +302,6 @@ __all__ = [
     "buffers_of",
     "children_of",
     "compile_like",
-    "compiled_in_place",
     "compiler",
     "functorch_active",
     "functorch_vmap",
