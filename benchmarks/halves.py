@@ -20,7 +20,7 @@ import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import cache
 from multiprocessing import get_context
 from typing import Any
 from unittest.mock import patch
@@ -58,13 +58,12 @@ class Half:
         linears = [p for m in self.blocks.modules() if isinstance(m, nn.Linear) for p in (m.weight, m.bias)]
         self.others = [p for p in self.blocks.parameters() if all(p is not other for other in linears)]
 
-    def forward(self) -> Tensor:
-        self.given = self.x.detach().requires_grad_()
-        return self.blocks(self.given)
+    def give(self) -> Tensor:
+        return self.x.detach().requires_grad_()
 
     def one_piece(self) -> Times:
         begin = time.thread_time()
-        out = self.forward()
+        out = self.blocks(self.give())
         middle = time.thread_time()
         out.backward(self.seed)
         end = time.thread_time()
@@ -72,23 +71,25 @@ class Half:
 
     def two_halves(self) -> Times:
         begin = time.thread_time()
-        with self.split.at_work():
-            out = self.forward()
-            self.split.look_at([out])
+        given = self.give()
+        calls = self.split.begin([given])
+        with self.split.at_work(calls):
+            out = self.blocks(given)
+        self.split.look_at([out], [given])
         middle = time.thread_time()
-        with self.split.at_work():
-            later = self.split.input_gradient(partial(out.backward, self.seed))
+        later = self.split.input_gradient(calls, [out], [self.seed])
         self.split.weight_gradient(later)
         end = time.thread_time()
         return end - middle, end - begin
 
     def autograd_alone(self) -> Times:
         begin = time.thread_time()
-        out = self.forward()
+        given = self.give()
+        out = self.blocks(given)
         middle = time.thread_time()
         edges, products = _products(out)
         after = time.thread_time()
-        wanted: list[Any] = [self.given, *self.others, *edges]
+        wanted: list[Any] = [given, *self.others, *edges]
         found = deque(torch.autograd.grad([out], wanted, [self.seed]))
         found.popleft()
         for parameter in self.others:
@@ -143,9 +144,11 @@ def alternated(size: Size, starts: int, repeats: int, microbatches: int) -> dict
         with ExitStack() as stack:
             stack.enter_context(patch.dict(os.environ, HEAP))  # read by the processes as they start
             processes = {n: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for n in found}
+            turns = deque(found)
             for _ in range(repeats):
-                for name, times in found.items():
-                    times.append(processes[name].submit(averaged, name, size, microbatches).result())
+                for name in turns:
+                    found[name].append(processes[name].submit(averaged, name, size, microbatches).result())
+                turns.rotate()  # whom one comes after makes a difference too
     return found
 
 

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import gc
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -60,31 +59,37 @@ def _stage(stage: handwritten.Stage, part: tuple[Tensor, Tensor], size: Size) ->
     split = SplitBackward(stage)
     crossing = torch.randn(*tokens.shape, size.width, device=tokens.device, dtype=size.dtype)
 
-    def forward() -> tuple[Tensor, Tensor]:
-        given = tokens if stage.first else crossing.clone().requires_grad_()
+    def give() -> Tensor:
+        return tokens if stage.first else crossing.clone().requires_grad_()
+
+    def forward(given: Tensor) -> Tensor:
         out = stage(given)
-        return given, loss(out, target) / size.microbatches if stage.last else out
+        return loss(out, target) / size.microbatches if stage.last else out
 
-    def back(out: Tensor) -> None:
-        out.backward(None if stage.last else crossing.clone())
+    def seed() -> Tensor | None:
+        return None if stage.last else crossing.clone()
 
-    with split.at_work():
-        _, out = forward()
-        split.look_at([out])
-    back(out)  # from now on workspaces and gradients are there
-    del out
+    given = give()
+    with split.at_work(split.begin([given])):
+        out = forward(given)
+        split.look_at([out], [given])
+    out.backward(seed())  # from now on workspaces and gradients are there
+    del given, out
     before = _now()
-    given, out = forward()
+    given = give()
+    out = forward(given)
     activation = _now() - before - (0 if stage.last else out.nbytes)  # the output is no stage's to keep
     most = _peak() - before - activation
     _now()
-    back(out)
+    out.backward(seed())
     most = max(most, _peak() - before - activation)
     del given, out
     _now()
-    with split.at_work():
-        given, out = forward()
-        later = split.input_gradient(partial(back, out))
+    given = give()
+    calls = split.begin([given])
+    with split.at_work(calls):
+        out = forward(given)
+    later = split.input_gradient(calls, [out], [seed()])
     del given, out
     most_halves = _peak() - before - activation
     waiting = _now() - before

@@ -55,7 +55,8 @@ greatest); above 1, the contender of the row is faster.
   On CPU, the processor time of all ranks beyond that of ranks apart; on GPUs, the time until the call returns.
 - *Memory*: MiB of the fullest rank at the peak of a step, weights and gradients included, where a rank has its own GPU.
 - *Gradients*: the largest difference from the unsplit model's (its blocks compiled, where they are), over the largest
-  number of each; "equal" is to the bit."""
+  number of each; "equal" is to the bit. Where the unsplit model's are the same twice, pipework's must be equal to them
+  in one step of four at least: beside another rank's kernels, attention's backward adds up in the order of chance."""
 
 OURS, GRAPHS = "pipework", "pipework, CUDA graphs"
 COMPILED, WHOLE = "pipework, compiled blocks", "pipework, compiled stages"
@@ -68,6 +69,7 @@ OF_PEER = (HAND_WRITTEN, TRACED, STAGES)
 LIKE = {OURS: HAND_WRITTEN, GRAPHS: HAND_WRITTEN, COMPILED: STAGES, COMPILED_GRAPHS: STAGES, WHOLE: STAGES}
 BALANCED, EVEN = "balanced", "even"  # by counted costs, in any place; as many blocks each, as written by hand
 STEADY = 3  # the step from which on each is like the one before: caches are filled, graphs captured
+TRIES = 4  # steps of which one must give the very gradients, where it has to
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # where other kernels or another order round otherwise
 
 
@@ -167,7 +169,7 @@ class Ranks:
         self, make: Make, expected: Callable[[Contender], Gradients], allowed: float
     ) -> tuple[Contender, Measured]:
         """A contender that gives the right gradients; raises on every rank if it fails on any."""
-        contender, seen, error = None, None, None
+        contender, memory, error = None, None, None
         before = self._allocated()
         try:
             contender = make(self.case)
@@ -175,22 +177,39 @@ class Ranks:
                 contender.once()
             if why := contender.unfit():
                 raise NotThereError(why)
-            difference = _difference(contender.gradients(), expected(contender))
-            seen = difference, self._peak(contender, before), contender.actions
-            if not difference <= allowed:
-                error = f"wrong: gradients differ by {difference:.1e}"
-        except NotThereError as exception:
-            error = str(exception)
+            memory = self._peak(contender, before)
         except Exception as exception:
-            error = f"fails: {type(exception).__name__}: {str(exception).strip().splitlines()[0]}"
-        for parameter in contender.parameters.values() if contender else ():
-            parameter.grad = None
-        told = self.tell((seen, error))
-        if errors := [error for _, error in told if error is not None]:
-            raise NotThereError(errors[0])
+            error = _why(exception)
+        try:
+            difference = self._settled_difference(contender if error is None else None, error, expected, allowed)
+        finally:
+            for parameter in contender.parameters.values() if contender else ():
+                parameter.grad = None
         assert contender is not None
-        differences, memories, actions = zip(*(seen for seen, _ in told), strict=True)
-        return contender, Measured(max(differences), actions[0], None if None in memories else max(memories))
+        memories = self.tell(memory)
+        return contender, Measured(difference, contender.actions, None if None in memories else max(memories))
+
+    def _settled_difference(
+        self, contender: Contender | None, error: str | None, expected: Callable[[Contender], Gradients], allowed: float
+    ) -> float:
+        """The largest difference of the gradients on any rank and in any step; raises if none of some is allowed."""
+        differences: list[float] = []
+        while not differences or (min(differences) > allowed and len(differences) < TRIES):
+            difference = 0.0
+            try:
+                if contender is not None:
+                    if differences:
+                        contender.once()
+                    difference = _difference(contender.gradients(), expected(contender))
+            except Exception as exception:
+                error = _why(exception)
+            told = self.tell((difference, error))
+            if errors := [error for _, error in told if error is not None]:
+                raise NotThereError(errors[0])
+            differences.append(max(difference for difference, _ in told))
+        if not (min(differences) <= allowed and max(differences) <= TOLERANCE[self.case.size.dtype]):
+            raise NotThereError(f"wrong: gradients differ by {max(differences):.1e}")
+        return max(differences)
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated() if self.case.device.type == "cuda" else 0
@@ -204,6 +223,12 @@ class Ranks:
         self.settle()
         shared = 0 if contender.wrapped else sum(p.nbytes for p in contender.parameters.values())
         return (torch.cuda.max_memory_allocated() - before + shared) / 2**20
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, NotThereError):
+        return str(error)
+    return f"fails: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _difference(found: Gradients, expected: Gradients) -> float:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pipework
 from pipework import Runner
-from pipework.run.backward import SplitBackward
+from pipework.run.backward import Later, SplitBackward
 from tests.models import WIDTH, numbers
 from tests.run.pipes import equal, gradients, piped
 from tests.schedules import split_1f1b
@@ -27,18 +27,19 @@ from tests.split.equality import before
 def seen(module: nn.Module, x: Tensor) -> SplitBackward:
     """After a first forward, which tells who uses what."""
     split = SplitBackward(module)
-    with split.at_work():
-        split.look_at([module(x)])
+    with split.at_work(split.begin([x])):
+        split.look_at([module(x)], [x])
     return split
 
 
-def halves_of(module: nn.Module, x: Tensor, seed: Tensor) -> tuple[Tensor, int]:
-    """The output, and how many calls were left for the second half; input and parameters get their gradients."""
+def halves_of(module: nn.Module, x: Tensor, seed: Tensor) -> tuple[Tensor, Later]:
+    """The output, and what is left for the second half; input and parameters get their gradients."""
     split = seen(module, x)
-    with split.at_work():
+    calls = split.begin([x])
+    with split.at_work(calls):
         out = module(x)
-        later = split.input_gradient(lambda: torch.autograd.backward([out], [seed]))
-    left = len(later.calls)
+    later = split.input_gradient(calls, [out], [seed])
+    left = copy.copy(later)
     split.weight_gradient(later)
     return out, left
 
@@ -76,10 +77,18 @@ def calls(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     return module, x.detach().requires_grad_(draw(st.booleans()) or not module.weight.requires_grad)
 
 
-@settings(max_examples=300)
-@given(call=calls(), twice=st.booleans())
-def test_every_call_gives_the_bits_of_autograd(call: tuple[nn.Module, Tensor], twice: bool) -> None:
+class Behind(nn.Sequential):
+    """A module behind another operation, so that the gradient of its input is not the last one made."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view_as(x))
+
+
+@settings(max_examples=400)
+@given(call=calls(), twice=st.booleans(), behind=st.booleans())
+def test_every_call_gives_the_bits_of_autograd(call: tuple[nn.Module, Tensor], twice: bool, behind: bool) -> None:
     module, x = call
+    module = Behind(module) if behind else module
     reference, twin = copy.deepcopy(module), x.detach().clone(memory_format=torch.preserve_format)
     twin.requires_grad_(x.requires_grad)
     for _ in range(1 + twice):
@@ -104,7 +113,16 @@ def test_every_call_gives_the_bits_of_autograd(call: tuple[nn.Module, Tensor], t
 )
 def test_the_weight_waits(module: nn.Module, x: Tensor) -> None:
     _, left = halves_of(module, x, torch.ones_like(module(x)))
-    assert left == 1
+    assert len(left.calls) == 1
+    assert not left.deferred
+
+
+@pytest.mark.parametrize("module", [nn.Linear(4, 3), nn.Linear(4, 3, bias=False), nn.Conv1d(5, 3, 2)], ids=repr)
+def test_autograd_is_not_asked_for_the_weight(module: nn.Module) -> None:
+    x = torch.randn(2, 5, 4, requires_grad=True)
+    model = Behind(module)
+    _, left = halves_of(model, x, torch.ones_like(module(x)))
+    assert len(left.calls) == len(left.deferred) == 1
 
 
 # ---------------------------------------------------------------- whole models
@@ -278,8 +296,61 @@ def _fewer_rows(self: Any, x: Tensor) -> Tensor:
     return self.b(F.pad(self.a(x[:rows]), (0, 0, 0, 2 - rows)))
 
 
+def _hooked_outputs(self: Any, x: Tensor) -> Tensor:
+    """Hooks that change the gradients of what the layers give, put on after these were called."""
+    wide, flat = self.a(x.unsqueeze(0) * 2), self.b(x * 2)
+    wide.register_hook(lambda gradient: gradient * 2)
+    flat.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+    return wide.squeeze(0) + flat
+
+
+def _gradients_in_backward(self: Any, x: Tensor) -> Tensor:
+    """As where a fixed point is sought: the backward goes several times through a part of the graph by itself."""
+    inner = x.sin()
+    part = self.b(self.a(inner).tanh())
+
+    def hook(gradient: Tensor) -> Tensor:
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(part, inner, gradient, retain_graph=True)
+        return gradient
+
+    out = part * 1
+    out.register_hook(hook)
+    return out + self.a(inner)
+
+
+def _leaf_made_here(self: Any, x: Tensor) -> Tensor:
+    """No gradient is asked for from before the layers, but theirs."""
+    own = x.detach().requires_grad_()
+    return self.b(self.a(own.sin()).sin()) + x
+
+
+def _both_ways(self: Any, x: Tensor) -> Tensor:
+    return self.a(x.sin()) + self.a(input=x.cos()) + self.b(x)
+
+
+def _reentrant_before(self: Any, x: Tensor) -> Tensor:
+    return self.b(checkpoint(lambda y: self.a(y).tanh(), x, use_reentrant=True))
+
+
+def _offloaded(self: Any, x: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return _plain(self, x)
+
+
+def _copied(self: Any, x: Tensor) -> Tensor:
+    return copy.deepcopy(self.a)(x).detach() + _plain(self, x)
+
+
 FORWARDS = [
     _plain,
+    _hooked_outputs,
+    _gradients_in_backward,
+    _leaf_made_here,
+    _both_ways,
+    _reentrant_before,
+    _offloaded,
+    _copied,
     _table,
     _called_twice,
     _called_thrice,
@@ -350,7 +421,7 @@ def test_the_weight_waits_under_autocast() -> None:
     layer, x = nn.Linear(4, 3), torch.randn(2, 5, 4)
     with torch.autocast("cpu", torch.bfloat16):
         _, left = halves_of(layer, x, torch.ones(2, 5, 3, dtype=torch.bfloat16))
-    assert left == 1
+    assert len(left.calls) == 1
     assert layer.weight.grad is not None
     assert layer.weight.grad.dtype == torch.float32
 
@@ -416,6 +487,38 @@ def test_whatever_is_done_to_a_model(forward: Forward, change: Callable[[nn.Modu
     assert_equal(model, turned=turned)
 
 
+def test_a_leaf_that_only_some_microbatches_make_is_refused() -> None:
+    """Its layers' gradients would be lost."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_() if x[0, 0] > 0 else x
+        return self.b(x.sin())
+
+    x = numbers(8, WIDTH)
+    x[:, 0] = torch.tensor([-1.0, -1, -1, -1, 1, 1, -1, -1])
+    pipe = piped(nn.Sequential(Block(forward), Block(_plain)), "1")
+    runner = Runner(pipe, split_1f1b(pipe.layout(2), 4), loss=F.mse_loss)
+    with pytest.raises(pipework.PipeworkError, match=r"the gradient of '0\.b' was not made"):
+        runner.step(x.requires_grad_(), target=numbers(8, WIDTH, seed=5))
+
+
+def test_an_input_whose_graph_goes_on_beyond_the_stage() -> None:
+    """As of one that was brought to the stage's device."""
+    block, leaf = Block(_plain), numbers(4, WIDTH).requires_grad_()
+    reference, twin = copy.deepcopy(block), leaf.detach().clone().requires_grad_()
+    split = seen(block, leaf)
+    moved = leaf * 1
+    calls = split.begin([moved])
+    with split.at_work(calls):
+        out = block(moved)
+    split.weight_gradient(split.input_gradient(calls, [out], [torch.ones(4, WIDTH)]))
+    reference(twin * 1).backward(torch.ones(4, WIDTH))
+    assert leaf.grad is not None
+    assert twin.grad is not None
+    assert torch.equal(leaf.grad, twin.grad)
+    assert equal(gradients(block), gradients(reference))
+
+
 def test_a_weight_that_the_loss_uses_too() -> None:
     model = model_of(_plain, 2)
 
@@ -464,11 +567,13 @@ def test_what_only_the_input_gradient_needs_is_gone_before_the_weight_gradient()
             return gradient
 
     block = Block(lambda self, x: self.b(Watched.apply(self.a(x))))
-    split = seen(block, numbers(4, WIDTH))
-    with split.at_work():
-        out = block(numbers(4, WIDTH))
+    x = numbers(4, WIDTH)
+    split = seen(block, x)
+    calls = split.begin([x])
+    with split.at_work(calls):
+        out = block(x)
     assert len(alive) == 1
-    later = split.input_gradient(out.sum().backward)
+    later = split.input_gradient(calls, [out], [torch.ones(4, WIDTH)])
     del out
     assert not alive
     assert [tuple(aside.input.shape) for aside in later.calls] == [(4, WIDTH)] * 2

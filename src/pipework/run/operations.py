@@ -24,14 +24,14 @@ class Operation:
 
     classes: tuple[type[nn.Module], ...]
     is_cast: bool
-    fits: Callable[[Any, Tensor], bool]
+    fits: Callable[[Any, Tensor, Tensor], bool]  # (module, input, weight)
     forward: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
     back: Callable[[Any, Tensor, Tensor, Tensor, Mask], Gradients]  # (module, gradient, input, weight, mask)
 
 
-def _linear_fits(module: nn.Linear, x: Tensor) -> bool:
+def _linear_fits(module: nn.Linear, x: Tensor, weight: Tensor) -> bool:
     # With one row strides do not tell rows from columns, and autograd's choice of product goes by strides.
-    return x.dim() >= 2 and x.is_contiguous() and module.weight.is_contiguous() and x.numel() > module.in_features
+    return x.dim() >= 2 and x.is_contiguous() and weight.is_contiguous() and x.numel() > module.in_features
 
 
 def _linear(module: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,8 +47,8 @@ def _linear_back(module: nn.Linear, gradient: Tensor, x: Tensor, weight: Tensor,
     )
 
 
-def _conv_fits(module: Any, x: Tensor) -> bool:
-    batched = x.dim() == module.weight.dim()
+def _conv_fits(module: Any, x: Tensor, weight: Tensor) -> bool:
+    batched = x.dim() == weight.dim()
     return batched and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
@@ -67,7 +67,7 @@ def _conv_back(module: Any, gradient: Tensor, x: Tensor, weight: Tensor, mask: M
     )
 
 
-def _embedding_fits(module: nn.Embedding, x: Tensor) -> bool:
+def _embedding_fits(module: nn.Embedding, x: Tensor, weight: Tensor) -> bool:
     return module.max_norm is None and not module.sparse
 
 

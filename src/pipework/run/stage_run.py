@@ -12,7 +12,7 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pipework.plan import Compute, Kind, Program
-from pipework.run.backward import Later, SplitBackward
+from pipework.run.backward import Later, MicrobatchCalls, SplitBackward
 from pipework.run.buffers import WrittenBuffers
 from pipework.run.clock import Recording
 from pipework.run.labels import Label
@@ -64,7 +64,7 @@ class Kept:
     roots: tuple[GradientEdge | None, ...]  # of its outputs; these themselves are with those who need them
     loss: torch.Tensor | None
     gradients: dict[int, torch.Tensor]  # of what was taken, by position, as the backward left them
-    in_halves: bool  # whether weights can be left out of the backward
+    calls: MicrobatchCalls | None  # where the backward is split
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -162,17 +162,28 @@ class StageRun:
             out = self.code(self.stage, *taken)
             return out, feed.finish(microbatch, [out[i] for i in self.results]) if self.is_last else None
 
-        with halves.at_work() if halves else NOTHING:
+        calls = halves.begin(taken) if halves else None
+        with halves.at_work(calls) if halves else NOTHING:
             out, loss = self.recomputed.forward(run, taken) if self.recomputed else run(*taken)
-        in_halves = halves is not None and halves.alone is not None
         if halves:
-            halves.look_at(out if loss is None else (*out, loss))
+            halves.look_at(out if loss is None else (*out, loss), taken)
         roots = tuple([get_gradient_edge(t) if t.requires_grad else None for t in out]) if self.trains else ()
-        return Kept(taken, roots, loss, gradients, in_halves), out
+        return Kept(taken, roots, loss, gradients, calls), out
 
     def backward(self, kept: Kept, gradients: Sequence[Tensors]) -> None:
         """Go back from the loss and from what came back over each outgoing edge that returns gradients."""
-        roots: list[Any] = []  # tensors, and edges of the graph
+        roots, seeds = self._roots(kept, gradients)
+        if roots:
+            run_backward(roots, seeds)
+
+    def input_gradient(self, microbatch: int, kept: Kept, gradients: Sequence[Tensors]) -> Later:
+        """Go back as `backward` does, but leave the gradients of weights for later."""
+        assert kept.calls is not None, "the forward was told that its backward is split"
+        return self.halves[microbatch].input_gradient(kept.calls, *self._roots(kept, gradients))
+
+    def _roots(self, kept: Kept, gradients: Sequence[Tensors]) -> tuple[list[Any], list[torch.Tensor | None]]:
+        """Tensors and edges of the graph to go back from, and what to begin with at each."""
+        roots: list[Any] = []
         seeds: list[torch.Tensor | None] = []
         returning = (end for end in self.outgoing if end.back)
         for end, came in zip(returning, gradients, strict=True):
@@ -192,14 +203,7 @@ class StageRun:
         if kept.loss is not None and kept.loss.requires_grad:
             roots.append(kept.loss)
             seeds.append(None)
-        if roots:
-            run_backward(roots, seeds)
-
-    def input_gradient(self, microbatch: int, kept: Kept, gradients: Sequence[Tensors]) -> Later:
-        """Go back as `backward` does, but leave the gradients of weights for later."""
-        halves = self.halves[microbatch]
-        with halves.at_work() if kept.in_halves else NOTHING:
-            return halves.input_gradient(partial(self.backward, kept, gradients), kept.in_halves)
+        return roots, seeds
 
     def returned(self, end: StageEnd, kept: Kept) -> Tensors:
         """The gradients that go back over an incoming edge, after the backward; None where nothing gave one."""

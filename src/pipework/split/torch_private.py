@@ -14,10 +14,11 @@ from typing import Any, TypeVar, final
 import torch
 from torch._C import DisableTorchFunction as WithoutFunctionModes
 from torch._C import _are_functorch_transforms_active as functorch_active
-from torch._C import _cuda_endAllocateToPool, _will_engine_execute_node
+from torch._C import _cuda_endAllocateToPool
 from torch._C import _current_graph_task_id as graph_task
 from torch._C import _disabled_torch_function_impl as plain_torch_function
-from torch._C._autograd import _profiler_type
+from torch._C import _will_engine_execute_node as goes_on_to
+from torch._C._autograd import _profiler_type, _top_saved_tensors_default_hooks
 from torch._C._profiler import ActiveProfilerType
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import GradientEdge, _engine_run_backward
@@ -145,27 +146,30 @@ def has_backward_hooks(module: torch.nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
-def goes_on_to(node: Any) -> bool:
-    """Whether the backward under way goes on to the node of a leaf; False in `torch.autograd.grad`, which gives it."""
-    try:
-        return _will_engine_execute_node(node)
-    except RuntimeError:
-        return False
-
-
-def run_backward(roots: Sequence[Any], seeds: Sequence[torch.Tensor | None]) -> None:
+def run_backward(
+    roots: Sequence[Any], seeds: Sequence[torch.Tensor | None], inputs: tuple[torch.Tensor, ...] = ()
+) -> None:
     """`torch.autograd.backward`; where all is plain, without the checks in Python that the engine makes once more."""
+    if not roots:
+        return
     if all(type(root) in _PLAIN for root in roots):
         given = [
             torch.ones_like(root) if seed is None and isinstance(root, torch.Tensor) else seed
             for root, seed in zip(roots, seeds, strict=True)
         ]
-        _engine_run_backward(tuple(roots), tuple(given), False, False, (), allow_unreachable=True, accumulate_grad=True)
+        _engine_run_backward(
+            tuple(roots), tuple(given), False, False, inputs, allow_unreachable=True, accumulate_grad=True
+        )
     else:
-        torch.autograd.backward(roots, seeds)
+        torch.autograd.backward(roots, seeds, inputs=inputs or None)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, GradientEdge)
+
+
+def saved_elsewhere() -> bool:
+    """Whether what autograd saves here goes through somebody's hands: a checkpoint, which drops it, or an offload."""
+    return _top_saved_tensors_default_hooks(True) is not None
 
 
 def is_compiled_in_place(module: torch.nn.Module) -> bool:
@@ -319,6 +323,7 @@ __all__ = [
     "plain_torch_function",
     "profiler_is_on",
     "run_backward",
+    "saved_elsewhere",
     "shallow_copy",
     "share_memory",
     "storage_of",
