@@ -1,0 +1,79 @@
+"""How often a captured step of 1F1B, two ranks as threads on one GPU, has other gradients than the unsplit model.
+
+With the kernels that torch takes by itself, and with those that give the same bits every time. It is captured again and
+again, and each graph replayed several times: a graph made wrongly would always be wrong.
+
+    python -m benchmarks.repeats [--size d768] [--captures 25] [--replays 8]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.contenders import Case, Contender, captured, ours, reference
+from benchmarks.results import Result
+from benchmarks.sizes import BY_NAME
+
+CLAIM = (
+    "Replays of captured steps whose gradients are not those of the unsplit model to the last bit, and the largest "
+    "difference over the largest number of its gradient. None is wanted where kernels are repeatable."
+)
+Found = list[list[float]]  # by capture and replay, the largest difference
+
+
+def differences(size: str, repeatable: bool, captures: int, replays: int) -> dict[str, Found]:
+    torch.use_deterministic_algorithms(repeatable)
+    case = Case(BY_NAME[size], device=torch.device("cuda"))
+    wanted = reference(case)
+
+    def difference(contender: Contender) -> float:
+        contender.once()
+        torch.cuda.synchronize()
+        return max(float((g - wanted[n]).abs().max() / wanted[n].abs().max()) for n, g in contender.gradients().items())
+
+    found: dict[str, Found] = {"the unsplit model": [], "1F1B": []}
+    unsplit = captured(case)
+    found["the unsplit model"].append([difference(unsplit) for _ in range(captures * replays)])
+    for _ in range(captures):
+        contender = ours(case, "one_f_one_b", balanced=False, graphs=True)
+        contender.once()
+        contender.once()
+        found["1F1B"].append([difference(contender) for _ in range(replays)])
+        assert not contender.unfit(), "steps were replayed"
+    return found
+
+
+def benchmark(size: str, captures: int, replays: int) -> Result:
+    rows, data = [], {}
+    for kernels, repeatable in (("torch's own choice", False), ("repeatable", True)):
+        environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if repeatable else {}
+        with patch.dict(os.environ, environment), ProcessPoolExecutor(1, get_context("spawn")) as process:
+            found = process.submit(differences, size, repeatable, captures, replays).result()
+        data[kernels] = found
+        for what, by_capture in found.items():
+            all_of_it = [each for one in by_capture for each in one]
+            bad, graphs = sum(map(bool, all_of_it)), sum(map(any, by_capture))
+            wholly = sum(map(all, by_capture))
+            counts = [str(n) for n in (len(by_capture), graphs, wholly, len(all_of_it), bad)]
+            rows.append([kernels, what, *counts, f"{max(all_of_it):.1e}" if bad else "equal"])
+    columns = ["kernels", "step", "graphs", "that differ once", "always", "replays", "that differ", "at most by"]
+    return Result(f"repeats-{size}", CLAIM, columns, rows, {"difference": data})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="d768")
+    parser.add_argument("--captures", type=int, default=25)
+    parser.add_argument("--replays", type=int, default=8, help="of each capture")
+    given = parser.parse_args()
+    benchmark(given.size, given.captures, given.replays).write()
+
+
+if __name__ == "__main__":
+    main()
