@@ -66,6 +66,20 @@ class Operands:
                 self.gradient = gradient
                 later.calls.append(self)
 
+    def weight_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """The gradients of the weight, and of the bias if it has one."""
+        call, gradient, dtype = self.call, self.gradient, self.dtype
+        weight, bias = call.weight, call.own.get("bias")
+        cast = weight if dtype is None else call.split.cast(weight, dtype)
+        has_bias = bias is not None and bias.requires_grad
+        to_parameters = call.operation.to_parameters
+        of_weight, of_bias = to_parameters(call.module, gradient, self.input, cast, weight.requires_grad, has_bias)
+        made = [] if of_weight is None else [(weight, of_weight)]
+        if bias is not None and of_bias is not None:
+            made.append((bias, of_bias))
+        # On GPUs autocast sums up in float32, and autograd then rounds the sum as is done here.
+        return made if dtype is None else [(parameter, found.to(gradient.dtype)) for parameter, found in made]
+
 
 @final
 class MicrobatchCalls:
@@ -233,7 +247,9 @@ class SplitBackward:
         """Autograd goes only where something is asked for: raise if a deferred call was off its ways."""
         missed = {node: o.call.module for node, o in calls.watched if not o.came and o.call in later.deferred}
         calls.watched.clear()  # with which all of the graph would be kept
-        graph = Graph(roots if missed else ())
+        if not missed:
+            return
+        graph = Graph(roots)
         lost = {module for node, module in missed.items() if node in graph}
         for name in (name for name, module in self._stage.named_modules() if module in lost):
             raise PipeworkError(
@@ -248,15 +264,17 @@ class SplitBackward:
         sums = {id(parameter): (parameter, gradient) for parameter, gradient in later.held_back}
         calls, later.calls = deque(later.calls), []
         last: dict[int, int] = {}  # what is used more than once is added up before it is added to `.grad`
-        if sums or self._shares or len({aside.call for aside in calls}) < len(calls):
-            last = {id(p): number for number, aside in enumerate(calls) for p in _own(aside.call.module)}
+        if sums or self._shares or len({operands.call for operands in calls}) < len(calls):
+            last = {id(p): number for number, operands in enumerate(calls) for p in _own(operands.call.module)}
         with torch.no_grad():
             for number in range(len(calls)):
-                aside = calls.popleft()
-                for parameter, gradient in aside.call.weight_gradients(aside):
+                for parameter, gradient in calls.popleft().weight_gradients():
+                    if not last:
+                        _accumulate(parameter, gradient)
+                        continue
                     key = id(parameter)
                     total = sums.pop(key)[1] + gradient if key in sums else gradient
-                    if last.get(key, number) == number:  # at once, so that the next one gets its memory
+                    if last[key] == number:  # at once, so that the next one gets its memory
                         _accumulate(parameter, total)
                     else:
                         sums[key] = parameter, total
@@ -344,19 +362,6 @@ class _Call:
         assert weight is not None, "only modules with a weight are called through this"
         return weight
 
-    def weight_gradients(self, aside: Operands) -> list[tuple[nn.Parameter, Tensor]]:
-        """In the dtype of the operands, or in the one in which autograd adds them up."""
-        weight, bias, dtype = self.weight, self.own.get("bias"), aside.dtype
-        cast = weight if dtype is None else self.split.cast(weight, dtype)
-        mask = False, weight.requires_grad, bias is not None and bias.requires_grad
-        _, *made = self.operation.back(self.module, aside.gradient, aside.input, cast, mask)
-        return [
-            # On GPUs autocast sums up in float32, and autograd then rounds the sum as is done here.
-            (parameter, found if dtype is None else _in(found, aside.gradient.dtype))
-            for parameter, found in zip((weight, bias), made, strict=True)
-            if parameter is not None and found is not None
-        ]
-
 
 class _TwoHalves(torch.autograd.Function):
     """The operation of a module; its backward leaves out the weight when an input gradient is being made."""
@@ -375,19 +380,22 @@ class _TwoHalves(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
-        call, dtype, mask = ctx.call, ctx.dtype, ctx.needs_input_grad[:3]
+        call, dtype = ctx.call, ctx.dtype
+        later, wanted = call.split.later, ctx.needs_input_grad[1:3]
         is_going_on = torch.is_grad_enabled()
-        later = call.split.later
         # Somebody's own backward inside this one, which does not come to the mark, wants some gradients only.
         if later is not None and not is_going_on and goes_on_to(call.split.marked):
             operands = Operands(call, x.detach(), dtype)  # with x's graph all before would be kept
             operands.gradient = gradient
             later.calls.append(operands)
-            mask = mask[0], False, False
+            wanted = False, False
         if not is_going_on:
             weight = call.weight  # of which a checkpoint gives back an alias, whose id is another's soon after
         cast = weight.to(dtype) if is_going_on and dtype is not None else call.split.cast(weight, dtype)
-        return *call.operation.back(call.module, gradient, x, cast, mask), None, None, None
+        to_input, to_parameters = call.operation.to_input, call.operation.to_parameters
+        of_input = to_input(call.module, gradient, x, cast) if ctx.needs_input_grad[0] else None
+        of_parameters = to_parameters(call.module, gradient, x, cast, *wanted) if any(wanted) else (None, None)
+        return of_input, *of_parameters, None, None, None
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
@@ -418,15 +426,13 @@ def _all_plain(parameters: Mapping[str, nn.Parameter | None]) -> bool:
     return weight is not None and weight.requires_grad
 
 
-def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)  # asking costs a fifth of `to`
-
-
 def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
     """Add to `.grad` as autograd does."""
-    gradient = _in(gradient, parameter.dtype)
-    if parameter.grad is not None:
-        parameter.grad.add_(gradient)
+    if gradient.dtype is not parameter.dtype:
+        gradient = gradient.to(parameter.dtype)
+    before = parameter.grad
+    if before is not None:
+        before.add_(gradient)
     elif gradient.stride() == parameter.stride():
         parameter.grad = gradient
     else:

@@ -9,16 +9,15 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-Mask = tuple[bool, bool, bool]
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, Tensor | None]
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What the modules of some classes compute, and how it goes back; `back` gives what the mask asks for.
+    """What the modules of some classes compute, and how it goes back: to its input, and to its weight and bias.
 
-    `fits` tells whether `back` makes the very calls that autograd makes for this input, so that no bit differs.
+    `fits` tells whether these make the very calls that autograd makes for this input, so that no bit differs.
     `is_cast` tells whether autocast casts its tensors.
     """
 
@@ -26,7 +25,8 @@ class Operation:
     is_cast: bool
     fits: Callable[[Any, Tensor, Tensor], bool]  # (module, input, weight)
     forward: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
-    back: Callable[[Any, Tensor, Tensor, Tensor, Mask], Gradients]  # (module, gradient, input, weight, mask)
+    to_input: Callable[[Any, Tensor, Tensor, Tensor], Tensor | None]  # (module, gradient, input, weight)
+    to_parameters: Callable[[Any, Tensor, Tensor, Tensor, bool, bool], Gradients]  # those that are wanted
 
 
 def _linear_fits(module: nn.Linear, x: Tensor, weight: Tensor) -> bool:
@@ -38,12 +38,17 @@ def _linear(module: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -
     return nn.functional.linear(x, weight, bias)
 
 
-def _linear_back(module: nn.Linear, gradient: Tensor, x: Tensor, weight: Tensor, mask: Mask) -> Gradients:
+def _linear_to_input(module: nn.Linear, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return gradient.reshape(-1, module.out_features).mm(weight).view_as(x)
+
+
+def _linear_to_parameters(
+    module: nn.Linear, gradient: Tensor, x: Tensor, weight: Tensor, of_weight: bool, of_bias: bool
+) -> Gradients:
     flat = gradient.reshape(-1, module.out_features)
     return (
-        flat.mm(weight).view_as(x) if mask[0] else None,
-        flat.t().mm(x.view(-1, module.in_features)) if mask[1] else None,
-        flat.sum(0) if mask[2] else None,
+        flat.t().mm(x.view(-1, module.in_features)) if of_weight else None,
+        flat.sum(0) if of_bias else None,
     )
 
 
@@ -59,11 +64,21 @@ def _conv(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     )
 
 
-def _conv_back(module: Any, gradient: Tensor, x: Tensor, weight: Tensor, mask: Mask) -> Gradients:
+def _conv_to_input(module: Any, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return _conv_back(module, gradient, x, weight, (True, False, False))[0]
+
+
+def _conv_to_parameters(
+    module: Any, gradient: Tensor, x: Tensor, weight: Tensor, of_weight: bool, of_bias: bool
+) -> Gradients:
+    return _conv_back(module, gradient, x, weight, (False, of_weight, of_bias))[1:]
+
+
+def _conv_back(module: Any, gradient: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]) -> Any:
     sizes = None if module.bias is None else [module.out_channels]
     none = [0] * len(module.stride)
     return torch.ops.aten.convolution_backward(
-        gradient, x, weight, sizes, module.stride, module.padding, module.dilation, False, none, module.groups, mask
+        gradient, x, weight, sizes, module.stride, module.padding, module.dilation, False, none, module.groups, wanted
     )
 
 
@@ -75,15 +90,20 @@ def _embedding(module: nn.Embedding, x: Tensor, weight: Tensor, bias: Tensor | N
     return nn.functional.embedding(x, weight, module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
 
 
-def _embedding_back(module: nn.Embedding, gradient: Tensor, x: Tensor, weight: Tensor, mask: Mask) -> Gradients:
+def _embedding_to_input(module: nn.Embedding, gradient: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Indices have no gradient."""
+
+
+def _embedding_to_parameters(
+    module: nn.Embedding, gradient: Tensor, x: Tensor, weight: Tensor, of_weight: bool, of_bias: bool
+) -> Gradients:
     padding = -1 if module.padding_idx is None else module.padding_idx
-    rows = weight.shape[0]
     back = torch.ops.aten.embedding_dense_backward
-    return None, back(gradient, x, rows, padding, module.scale_grad_by_freq) if mask[1] else None, None
+    return back(gradient, x, weight.shape[0], padding, module.scale_grad_by_freq) if of_weight else None, None
 
 
 OPERATIONS = (
-    Operation((nn.Linear,), True, _linear_fits, _linear, _linear_back),
-    Operation((nn.Conv1d, nn.Conv2d, nn.Conv3d), True, _conv_fits, _conv, _conv_back),
-    Operation((nn.Embedding,), False, _embedding_fits, _embedding, _embedding_back),
+    Operation((nn.Linear,), True, _linear_fits, _linear, _linear_to_input, _linear_to_parameters),
+    Operation((nn.Conv1d, nn.Conv2d, nn.Conv3d), True, _conv_fits, _conv, _conv_to_input, _conv_to_parameters),
+    Operation((nn.Embedding,), False, _embedding_fits, _embedding, _embedding_to_input, _embedding_to_parameters),
 )
