@@ -70,9 +70,10 @@ def _stage(stage: handwritten.Stage, part: tuple[Tensor, Tensor], size: Size) ->
         return None if stage.last else crossing.clone()
 
     given = give()
-    with split.at_work(split.begin([given])):
+    calls = split.begin([given])
+    with split.at_work(calls):
         out = forward(given)
-        split.look_at([out], [given])
+    split.look_at(calls, [out])
     out.backward(seed())  # from now on workspaces and gradients are there
     del given, out
     before = _now()

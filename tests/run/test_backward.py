@@ -27,8 +27,9 @@ from tests.split.equality import before
 def seen(module: nn.Module, x: Tensor) -> SplitBackward:
     """After a first forward, which tells who uses what."""
     split = SplitBackward(module)
-    with split.at_work(split.begin([x])):
-        split.look_at([module(x)], [x])
+    calls = split.begin([x])
+    with split.at_work(calls):
+        split.look_at(calls, [module(x)])
     return split
 
 
@@ -38,6 +39,7 @@ def halves_of(module: nn.Module, x: Tensor, seed: Tensor) -> tuple[Tensor, Later
     calls = split.begin([x])
     with split.at_work(calls):
         out = module(x)
+    split.look_at(calls, [out])
     later = split.input_gradient(calls, [out], [seed])
     left = copy.copy(later)
     split.weight_gradient(later)
@@ -325,12 +327,48 @@ def _leaf_made_here(self: Any, x: Tensor) -> Tensor:
     return self.b(self.a(own.sin()).sin()) + x
 
 
+def _leaf_made_sometimes(self: Any, x: Tensor) -> Tensor:
+    own = x.detach().requires_grad_() * 2 if x[0, 0] > 0 else x
+    return self.b(self.a(own.sin())) + x
+
+
+def _leaf_made_at_other_times(self: Any, x: Tensor) -> Tensor:
+    """One of these two is not in the first microbatch."""
+    own = x if x[0, 0] > 0 else x.detach().requires_grad_() * 2
+    return self.b(self.a(own.sin())) + x
+
+
 def _both_ways(self: Any, x: Tensor) -> Tensor:
     return self.a(x.sin()) + self.a(input=x.cos()) + self.b(x)
 
 
 def _reentrant_before(self: Any, x: Tensor) -> Tensor:
     return self.b(checkpoint(lambda y: self.a(y).tanh(), x, use_reentrant=True))
+
+
+def _penalised_sometimes(self: Any, x: Tensor) -> Tensor:
+    out = self.b(self.a(x.sin()))
+    return out + self.a.weight.mean() if x[0, 0] > 0 else out
+
+
+def _penalised_at_other_times(self: Any, x: Tensor) -> Tensor:
+    """One of these two is not in the first microbatch."""
+    out = self.b(self.a(x.sin()))
+    return out if x[0, 0] > 0 else out + self.a.weight.mean()
+
+
+def _adapted(self: Any, x: Tensor) -> Tensor:
+    """By the gradient of a layer's weight, as where two losses are balanced."""
+    y = self.a(x.sin())
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(y.sum(), self.a.weight, retain_graph=True)
+    return self.b(y * slope.norm())
+
+
+def _checkpointed_and_not(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = self.a(x.sin()).relu()
+        return checkpoint(lambda y: self.b(self.a(y)), y, use_reentrant=False).float()
 
 
 def _offloaded(self: Any, x: Tensor) -> Tensor:
@@ -347,8 +385,14 @@ FORWARDS = [
     _hooked_outputs,
     _gradients_in_backward,
     _leaf_made_here,
+    _leaf_made_sometimes,
+    _leaf_made_at_other_times,
     _both_ways,
     _reentrant_before,
+    _penalised_sometimes,
+    _penalised_at_other_times,
+    _adapted,
+    _checkpointed_and_not,
     _offloaded,
     _copied,
     _table,
@@ -485,6 +529,18 @@ def test_whatever_is_done_to_a_model(forward: Forward, change: Callable[[nn.Modu
     model = model_of(forward)
     change(model)
     assert_equal(model, turned=turned)
+
+
+def _by_keyword_sometimes(self: Any, x: Tensor) -> Tensor:
+    return (self.a(input=x.sin()) if x[0, 0] > 0 else self.a(x.sin())) + self.b(x.cos())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("forward", [_by_keyword, _by_keyword_sometimes], ids=lambda forward: forward.__name__)
+def test_a_weight_of_two_layers_of_which_one_does_not_wait(forward: Forward, turned: bool) -> None:
+    model = model_of(forward)
+    _tied(model)
+    assert_equal(model, 8, turned=turned)
 
 
 def test_a_leaf_that_only_some_microbatches_make_is_refused() -> None:

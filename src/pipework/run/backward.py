@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, final
 
 import torch
@@ -32,53 +31,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from pipework.errors import PipeworkError
 from pipework.run.autograd_graph import Graph
-from pipework.run.operations import OPERATIONS, Operation
-from pipework.split.torch_private import (
-    base_of,
-    functorch_active,
-    goes_on_to,
-    has_gradient_hooks,
-    no_view,
-    parameters_of,
-    run_backward,
-    saved_elsewhere,
-    version_of,
-)
-
-
-@final
-class Operands:
-    """Of the weight gradient of one call of a module: the input and, once it has come, the gradient of the output."""
-
-    __slots__ = ("call", "came", "dtype", "gradient", "input")
-    gradient: Tensor
-
-    def __init__(self, call: _Call, x: Tensor, dtype: torch.dtype | None) -> None:
-        self.call, self.input, self.dtype, self.came = call, x, dtype, False
-
-    def complete(self, gradients: tuple[Tensor | None, ...]) -> None:
-        """Put them aside; a hook of the graph."""
-        (gradient,), call = gradients, self.call
-        later = call.split.later
-        if later is not None and call in later.deferred and goes_on_to(call.split.marked):
-            self.came = True
-            if gradient is not None:
-                self.gradient = gradient
-                later.calls.append(self)
-
-    def weight_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """The gradients of the weight, and of the bias if it has one."""
-        call, gradient, dtype = self.call, self.gradient, self.dtype
-        weight, bias = call.weight, call.own.get("bias")
-        cast = weight if dtype is None else call.split.cast(weight, dtype)
-        has_bias = bias is not None and bias.requires_grad
-        to_parameters = call.operation.to_parameters
-        of_weight, of_bias = to_parameters(call.module, gradient, self.input, cast, weight.requires_grad, has_bias)
-        made = [] if of_weight is None else [(weight, of_weight)]
-        if bias is not None and of_bias is not None:
-            made.append((bias, of_bias))
-        # On GPUs autocast sums up in float32, and autograd then rounds the sum as is done here.
-        return made if dtype is None else [(parameter, found.to(gradient.dtype)) for parameter, found in made]
+from pipework.run.module_calls import ModuleCall, Operands, can_wait, owned_by, trained_by
+from pipework.run.operations import OPERATIONS
+from pipework.split.torch_private import run_backward, sequence_number, version_of
 
 
 @final
@@ -89,15 +44,17 @@ class MicrobatchCalls:
         self.in_halves = in_halves  # the forward of the first microbatch is not
         self.can_watch = can_watch
         self.given = [x for x in given if x.requires_grad]
+        self.began = sequence_number()
+        self.waiting: list[ModuleCall] = []  # each as often as it was called so that it waits
         self.watched: list[tuple[Any, Operands]] = []  # with the node of the graph at which each is
-        self.as_ever = set[_Call]()  # with their parameters' gradients to come from autograd
+        self.as_ever: Collection[ModuleCall] = ()  # even so, with their parameters' gradients to come from autograd
 
 
 @final
 class Later:
     """What the weight gradient of one microbatch has left to do; the watched calls have their `deferred` ones here."""
 
-    def __init__(self, deferred: Collection[_Call]) -> None:
+    def __init__(self, deferred: Collection[ModuleCall]) -> None:
         self.deferred = deferred
         self.calls: list[Operands] = []
         self.held_back: list[tuple[nn.Parameter, Tensor]] = []
@@ -130,14 +87,17 @@ class SplitBackward:
             (name, module, operation)
             for name, module in stage.named_modules()
             for operation in OPERATIONS
-            if _can_wait(module, operation, tied)
+            if can_wait(module, operation, tied)
         ]
         self.in_compiled = [name for name, *_ in could if name in compiled]
-        self._calls = [_Call(self, module, operation) for name, module, operation in could if name not in compiled]
+        self._calls = [ModuleCall(self, module, operation) for name, module, operation in could if name not in compiled]
         self._shares = False  # several of the modules have a parameter in common
         self.alone: set[nn.Module] | None = None  # modules whose parameters nobody else uses; None until seen
         self._is_closed = False  # all gradients but those of deferred calls can be asked for, by their leaves
-        self._asked: tuple[Collection[_Call], list[nn.Parameter]] | None = None  # for, but for those of these calls
+        self._as_ever: dict[Any, Collection[ModuleCall]] = {}  # by what tells one path through the stage from another
+        self._asked: tuple[Collection[ModuleCall], list[nn.Parameter]] | None = (
+            None  # for, but for those of these calls
+        )
         self.calls: MicrobatchCalls | None = None  # while a forward is under way
         self.later: Later | None = None  # while an input gradient is being made
         self.mark = torch.zeros(0, requires_grad=True, device="cpu")  # whoever goes back to this makes all gradients
@@ -164,36 +124,58 @@ class SplitBackward:
             for call in self._calls:
                 del call.module.__dict__["forward"]
 
-    def look_at(self, outputs: Sequence[Tensor], given: Sequence[Tensor]) -> None:
-        """Find out from the graph of the first forward which modules are the only users of their parameters."""
-        if self.alone is not None:
-            return
-        graph = Graph(outputs)
-        calls: Counter[int] = Counter()
+    def look_at(self, calls: MicrobatchCalls, outputs: Sequence[Tensor]) -> None:
+        """Find out from the graph of a forward which modules are the only users of their parameters.
+
+        The first tells which can wait at all. Later ones are looked at where they took another path than others of this
+        step: by how many operations autograd noted, and which modules were called.
+        """
+        if self.alone is None:
+            self._look_at_first(Graph(outputs), calls.given)
+        elif calls.watched:
+            path = sequence_number() - calls.began, *calls.waiting
+            if path not in self._as_ever:
+                self._as_ever[path] = self._not_alone(Graph(outputs), calls)
+            calls.as_ever = self._as_ever[path]
+            for call in calls.as_ever:
+                self.cannot_wait(call.module)
+
+    def _look_at_first(self, graph: Graph, given: Sequence[Tensor]) -> None:
+        counts: Counter[int] = Counter()
         hidden: set[int] = set()
         for call in self._calls:
-            own = [id(p) for p in _trained(call.module)]
-            calls.update(dict.fromkeys(own, call.count))
+            own = [id(p) for p in trained_by(call.module)]
+            counts.update(dict.fromkeys(own, call.count))
             hidden.update(own if call.is_hidden else ())
         uses = graph.uses()
-        owners = Counter(id(p) for call in self._calls for p in _own(call.module))
+        owners = Counter(id(p) for call in self._calls for p in owned_by(call.module))
         self._shares = any(count > 1 for count in owners.values())
-        known = {number for number, count in calls.items() if 0 < count == uses[number]} - hidden
-        self.alone = {call.module for call in self._calls if known.issuperset(map(id, _trained(call.module)))}
+        known = {number for number, count in counts.items() if 0 < count == uses[number]} - hidden
+        self.alone = {call.module for call in self._calls if known.issuperset(map(id, trained_by(call.module)))}
         for call in self._calls:
             if call.module not in self.alone:
                 self.cannot_wait(call.module)
+        self._is_closed = self._ends_here(graph, given)
+
+    def _not_alone(self, graph: Graph, calls: MicrobatchCalls) -> Collection[ModuleCall]:
+        if not self._ends_here(graph, calls.given):
+            return set(calls.waiting)
+        uses, own = graph.uses(), Counter(id(p) for call in calls.waiting for p in trained_by(call.module))
+        return {call for call in calls.waiting if any(uses[id(p)] != own[id(p)] for p in trained_by(call.module))}
+
+    def _ends_here(self, graph: Graph, given: Sequence[Tensor]) -> bool:
+        """Whether all gradients of the stage can be asked for, by its parameters and what it was given."""
         known = {id(x) for x in (*self._stage.parameters(), *given)}
-        self._is_closed = not graph.has_reentrant_checkpoints and all(id(x) in known for x in graph.leaves())
+        return not graph.has_reentrant_checkpoints and all(id(x) in known for x in graph.leaves())
 
     def cannot_wait(self, module: nn.Module) -> None:
         """Note that the module's weight gradients come with I."""
-        self._came_with_input.update({id(p): p for p in _trained(module)})
+        self._came_with_input.update({id(p): p for p in trained_by(module)})
 
     def _to_hold_back(self, in_halves: bool) -> Sequence[nn.Parameter]:
         if self._held_back:
             return self._held_back
-        coming = self._came_with_input.values() if in_halves else (p for c in self._calls for p in _trained(c.module))
+        coming = self._came_with_input.values() if in_halves else (p for c in self._calls for p in trained_by(c.module))
         return [p for p in coming if id(p) in self.waited]
 
     def cast(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -210,11 +192,12 @@ class SplitBackward:
     def forget(self) -> None:
         """At the end of a step."""
         self._cast.clear()
+        self._as_ever.clear()
         self._asked = None
 
     def input_gradient(self, calls: MicrobatchCalls, roots: Sequence[Any], seeds: Sequence[Tensor | None]) -> Later:
         """Go back from the roots, and give what is left to do: little, if the forward was not in halves."""
-        later = self.later = Later({operands.call for _, operands in calls.watched} - calls.as_ever)
+        later = self.later = Later({operands.call for _, operands in calls.watched}.difference(calls.as_ever))
         held_back = self._to_hold_back(calls.in_halves)
         before = [parameter.grad for parameter in held_back]
         for parameter in held_back:
@@ -235,10 +218,10 @@ class SplitBackward:
                 parameter.grad = gradient
         return later
 
-    def _all_but(self, deferred: Collection[_Call]) -> list[nn.Parameter]:
+    def _all_but(self, deferred: Collection[ModuleCall]) -> list[nn.Parameter]:
         """The parameters whose gradients come with I."""
         if self._asked is None or self._asked[0] != deferred:
-            without = {id(p) for call in deferred for p in _own(call.module)}
+            without = {id(p) for call in deferred for p in owned_by(call.module)}
             asked = [p for p in self._stage.parameters() if p.requires_grad and id(p) not in without]
             self._asked = deferred, asked
         return self._asked[1]
@@ -265,7 +248,7 @@ class SplitBackward:
         calls, later.calls = deque(later.calls), []
         last: dict[int, int] = {}  # what is used more than once is added up before it is added to `.grad`
         if sums or self._shares or len({operands.call for operands in calls}) < len(calls):
-            last = {id(p): number for number, operands in enumerate(calls) for p in _own(operands.call.module)}
+            last = {id(p): number for number, operands in enumerate(calls) for p in owned_by(operands.call.module)}
         with torch.no_grad():
             for number in range(len(calls)):
                 for parameter, gradient in calls.popleft().weight_gradients():
@@ -280,150 +263,6 @@ class SplitBackward:
                         sums[key] = parameter, total
             for parameter, gradient in sums.values():
                 _accumulate(parameter, gradient)
-
-
-@final
-class _Call:
-    """Stands in for the `forward` of one module."""
-
-    def __init__(self, split: SplitBackward, module: nn.Module, operation: Operation) -> None:
-        self.split, self.module, self.operation = split, module, operation
-        self.count = 0  # calls in the first forward
-        self.is_hidden = False  # was called without gradients, as in a reentrant checkpoint: its graph is yet to come
-        self.has_waited = False
-        self.own = parameters_of(module)
-        self._native = partial(type(module).forward, module)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of a module that a forward makes of itself does as ever."""
-        return partial, (type(self.module).forward, self.module)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        alone = self.split.alone
-        if alone is None:
-            self.count += torch.is_grad_enabled()
-            self.is_hidden |= not torch.is_grad_enabled()
-        elif self.module in alone:
-            calls = self.split.calls
-            if len(args) == 1 and not kwargs and self._can_wait(args[0]):
-                if not self.has_waited:
-                    self.split.waited.update(map(id, _own(self.module)))
-                    self.has_waited = True
-                if calls is not None and calls.can_watch and args[0].requires_grad and not saved_elsewhere():
-                    return self._watched(args[0], calls)
-                return self._in_halves(args[0])
-            self.split.cannot_wait(self.module)
-            if calls is not None:
-                calls.as_ever.add(self)
-        return self._native(*args, **kwargs)
-
-    def _watched(self, x: Tensor, calls: MicrobatchCalls) -> Tensor:
-        dtype = self._dtype(x)
-        if dtype is None:
-            out = self.operation.forward(self.module, x, self.weight, self.own.get("bias"))
-        else:
-            x = x.to(dtype)
-            out = self._native(x)
-        # At the operation itself, before which others' hooks may change the gradient, and writes in place add to it.
-        node = base_of(out).grad_fn
-        assert node is not None, "what is made of a tensor that requires a gradient requires one"
-        operands = Operands(self, x.detach(), dtype)
-        node.register_prehook(operands.complete)
-        calls.watched.append((node, operands))
-        return out
-
-    def _in_halves(self, x: Tensor) -> Tensor:
-        dtype, own = self._dtype(x), self.own
-        if dtype is None:
-            return _TwoHalves.apply(x, own["weight"], own.get("bias"), self.split.mark, self, None)
-        with torch.autocast(x.device.type, enabled=False):
-            return _TwoHalves.apply(x.to(dtype), own["weight"], own.get("bias"), self.split.mark, self, dtype)
-
-    def _can_wait(self, x: Any) -> bool:
-        return (
-            type(x) is Tensor
-            and torch.is_grad_enabled()
-            and _all_plain(self.own)
-            and self.operation.fits(self.module, x, self.weight)
-            and not torch.compiler.is_compiling()
-            and not functorch_active()
-        )
-
-    def _dtype(self, x: Tensor) -> torch.dtype | None:
-        """What autocast casts the operands to; None where it does not."""
-        kind = x.device.type
-        if not self.operation.is_cast or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-            return None
-        return torch.get_autocast_dtype(kind)
-
-    @property
-    def weight(self) -> nn.Parameter:
-        weight = self.own["weight"]
-        assert weight is not None, "only modules with a weight are called through this"
-        return weight
-
-
-class _TwoHalves(torch.autograd.Function):
-    """The operation of a module; its backward leaves out the weight when an input gradient is being made."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mark: Tensor, call: _Call, dtype: torch.dtype | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.call, ctx.dtype = call, dtype
-        cast = call.split.cast
-        out = call.operation.forward(call.module, x, cast(weight, dtype), None if bias is None else cast(bias, dtype))
-        return no_view(out)  # of which slices may be written in place
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        (gradient,) = gradients
-        x, weight = ctx.saved_tensors
-        call, dtype = ctx.call, ctx.dtype
-        later, wanted = call.split.later, ctx.needs_input_grad[1:3]
-        is_going_on = torch.is_grad_enabled()
-        # Somebody's own backward inside this one, which does not come to the mark, wants some gradients only.
-        if later is not None and not is_going_on and goes_on_to(call.split.marked):
-            operands = Operands(call, x.detach(), dtype)  # with x's graph all before would be kept
-            operands.gradient = gradient
-            later.calls.append(operands)
-            wanted = False, False
-        if not is_going_on:
-            weight = call.weight  # of which a checkpoint gives back an alias, whose id is another's soon after
-        cast = weight.to(dtype) if is_going_on and dtype is not None else call.split.cast(weight, dtype)
-        to_input, to_parameters = call.operation.to_input, call.operation.to_parameters
-        of_input = to_input(call.module, gradient, x, cast) if ctx.needs_input_grad[0] else None
-        of_parameters = to_parameters(call.module, gradient, x, cast, *wanted) if any(wanted) else (None, None)
-        return of_input, *of_parameters, None, None, None
-
-
-def _own(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in parameters_of(module).values() if p is not None]
-
-
-def _trained(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in _own(module) if p.requires_grad]
-
-
-def _can_wait(module: nn.Module, operation: Operation, tied: Collection[Tensor]) -> bool:
-    """Whether the module does nothing but the operation, on parameters of its own."""
-    return (
-        type(module).forward in [known.forward for known in operation.classes]
-        and isinstance(module, operation.classes)
-        and "forward" not in module.__dict__
-        and parameters_of(module).get("weight") is not None
-        and not any(p is other for p in _own(module) for other in tied)
-    )
-
-
-def _all_plain(parameters: Mapping[str, nn.Parameter | None]) -> bool:
-    """Whether the weight is trained, and the gradients are for `.grad` alone: nothing asks to see them on their way."""
-    for parameter in parameters.values():
-        if parameter is not None and (type(parameter) is not nn.Parameter or has_gradient_hooks(parameter)):
-            return False
-    weight = parameters["weight"]
-    return weight is not None and weight.requires_grad
 
 
 def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -165,8 +165,8 @@ class StageRun:
         calls = halves.begin(taken) if halves else None
         with halves.at_work(calls) if halves else NOTHING:
             out, loss = self.recomputed.forward(run, taken) if self.recomputed else run(*taken)
-        if halves:
-            halves.look_at(out if loss is None else (*out, loss), taken)
+        if halves and calls:
+            halves.look_at(calls, out if loss is None else (*out, loss))
         roots = tuple([get_gradient_edge(t) if t.requires_grad else None for t in out]) if self.trains else ()
         return Kept(taken, roots, loss, gradients, calls), out
 

@@ -21,6 +21,7 @@ from torch._C import _will_engine_execute_node as goes_on_to
 from torch._C._autograd import _profiler_type, _top_saved_tensors_default_hooks
 from torch._C._profiler import ActiveProfilerType
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import _get_sequence_nr as sequence_number
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
@@ -324,6 +325,7 @@ __all__ = [
     "profiler_is_on",
     "run_backward",
     "saved_elsewhere",
+    "sequence_number",
     "shallow_copy",
     "share_memory",
     "storage_of",
