@@ -128,7 +128,8 @@ class SplitBackward:
         """Find out from the graph of a forward which modules are the only users of their parameters.
 
         The first tells which can wait at all. Later ones are looked at where they took another path than others of this
-        step: by how many operations autograd noted, and which modules were called.
+        step: by how many operations autograd noted, and which modules were called. Two that are alike in both count as
+        one.
         """
         if self.alone is None:
             self._look_at_first(Graph(outputs), calls.given)
