@@ -275,6 +275,11 @@ def reference(case: Case, compiled: bool = False, order: tuple[int, ...] | None 
     return found
 
 
+def difference_of(found: Gradients, expected: Gradients) -> float:
+    """The largest, relative to the largest number of each gradient; 0 only if all are equal to the bit."""
+    return max((float((g - expected[n]).abs().max() / expected[n].abs().max()) for n, g in found.items()), default=0.0)
+
+
 def _train(model: nn.Module, parts: list[tuple[Tensor, Tensor]], size: Size) -> None:
     for x, target in parts:
         (loss(model(x), target) / size.microbatches).backward()

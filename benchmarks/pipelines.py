@@ -30,6 +30,7 @@ from benchmarks.contenders import (
     NotThereError,
     apart,
     captured,
+    difference_of,
     hand_written,
     one_device,
     ours,
@@ -200,7 +201,7 @@ class Ranks:
                 if contender is not None:
                     if differences:
                         contender.once()
-                    difference = _difference(contender.gradients(), expected(contender))
+                    difference = difference_of(contender.gradients(), expected(contender))
             except Exception as exception:
                 error = _why(exception)
             told = self.tell((difference, error))
@@ -229,11 +230,6 @@ def _why(error: Exception) -> str:
     if isinstance(error, NotThereError):
         return str(error)
     return f"fails: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-
-
-def _difference(found: Gradients, expected: Gradients) -> float:
-    """The largest, relative to the largest number of each gradient; 0 only if all are equal to the bit."""
-    return max((float((g - expected[n]).abs().max() / expected[n].abs().max()) for n, g in found.items()), default=0.0)
 
 
 def measured(
@@ -278,7 +274,7 @@ def _checked(
     """The contenders whose gradients are right, what is known of them, and why the others are not there."""
     case, built, found, refused = ranks.case, {}, {}, {}
     first = reference(case)
-    deterministic = _difference(reference(case), first) == 0
+    deterministic = difference_of(reference(case), first) == 0
     known: dict[tuple[bool, tuple[int, ...] | None], Gradients] = {(False, None): first}
 
     def expected(contender: Contender, compiled: bool) -> Gradients:

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.contenders import Case, Contender, captured, ours, reference
+from benchmarks.contenders import Case, Contender, captured, difference_of, ours, reference
 from benchmarks.results import Result
 from benchmarks.sizes import BY_NAME
 
@@ -35,7 +35,7 @@ def differences(size: str, repeatable: bool, captures: int, replays: int) -> dic
     def difference(contender: Contender) -> float:
         contender.once()
         torch.cuda.synchronize()
-        return max(float((g - wanted[n]).abs().max() / wanted[n].abs().max()) for n, g in contender.gradients().items())
+        return difference_of(contender.gradients(), wanted)
 
     found: dict[str, Found] = {"the unsplit model": [], "1F1B": []}
     unsplit = captured(case)

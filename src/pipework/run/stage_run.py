@@ -172,9 +172,7 @@ class StageRun:
 
     def backward(self, kept: Kept, gradients: Sequence[Tensors]) -> None:
         """Go back from the loss and from what came back over each outgoing edge that returns gradients."""
-        roots, seeds = self._roots(kept, gradients)
-        if roots:
-            run_backward(roots, seeds)
+        run_backward(*self._roots(kept, gradients))
 
     def input_gradient(self, microbatch: int, kept: Kept, gradients: Sequence[Tensors]) -> Later:
         """Go back as `backward` does, but leave the gradients of weights for later."""
