@@ -245,11 +245,11 @@ def captured(case: Case) -> Contender:
     graph = torch.cuda.CUDAGraph()
     for parameter in eager.parameters.values():
         parameter.grad = None
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):  # what libraries keep for a stream is no other graph's then
         eager.step()
     gradients = [(parameter, parameter.grad) for parameter in eager.parameters.values()]
 
-    def replay() -> None:
+    def replay(step: Callable[[], object] = eager.step) -> None:  # held, since the graph reads what it reads
         graph.replay()
         for parameter, gradient in gradients:
             parameter.grad = gradient

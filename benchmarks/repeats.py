@@ -1,7 +1,9 @@
 """How often a captured step of 1F1B, two ranks as threads on one GPU, has other gradients than the unsplit model.
 
 With the kernels that torch takes by itself, and with those that give the same bits every time. It is captured again and
-again, and each graph replayed several times: a graph made wrongly would always be wrong.
+again, and each graph replayed several times: a graph made wrongly would always be wrong. Beside it the unsplit model's
+own graph, alone on the GPU, and while another model's, on weights of its own, runs on another stream: what differs
+there, no pipeline made.
 
     python -m benchmarks.repeats [--size d768] [--captures 25] [--replays 8]
 """
@@ -24,6 +26,7 @@ CLAIM = (
     "Replays of captured steps whose gradients are not those of the unsplit model to the last bit, and the largest "
     "difference over the largest number of its gradient. None is wanted where kernels are repeatable."
 )
+UNSPLIT, BESIDE, PIPELINE = "the unsplit model", "the unsplit model, beside another", "1F1B"
 Found = list[list[float]]  # by capture and replay, the largest difference
 
 
@@ -37,14 +40,22 @@ def differences(size: str, repeatable: bool, captures: int, replays: int) -> dic
         torch.cuda.synchronize()
         return difference_of(contender.gradients(), wanted)
 
-    found: dict[str, Found] = {"the unsplit model": [], "1F1B": []}
+    found: dict[str, Found] = {UNSPLIT: [], BESIDE: [], PIPELINE: []}
     unsplit = captured(case)
-    found["the unsplit model"].append([difference(unsplit) for _ in range(captures * replays)])
+    found[UNSPLIT].append([difference(unsplit) for _ in range(captures * replays)])
+    other, its_stream = captured(Case(case.size, device=case.device)), torch.cuda.Stream()
+
+    def beside_other() -> float:
+        with torch.cuda.stream(its_stream):
+            other.once()
+        return difference(unsplit)
+
+    found[BESIDE].append([beside_other() for _ in range(captures * replays)])
     for _ in range(captures):
         contender = ours(case, "one_f_one_b", balanced=False, graphs=True)
         contender.once()
         contender.once()
-        found["1F1B"].append([difference(contender) for _ in range(replays)])
+        found[PIPELINE].append([difference(contender) for _ in range(replays)])
         assert not contender.unfit(), "steps were replayed"
     return found
 

@@ -60,10 +60,11 @@ class Twins:
         loss: Any,
         family: str = "one_f_one_b",
         recomputed: Sequence[int] = (),
+        **options: Any,
     ) -> None:
         self.models = [model.cuda(), copy.deepcopy(model).cuda()]
         self.runners = [
-            runner_by(family, module, example.cuda(), loss, stages, graphs=graphs)
+            runner_by(family, module, example.cuda(), loss, stages, graphs=graphs, **options)
             for module, stages, graphs in zip(self.models, (recomputed, ()), (True, False), strict=True)
         ]
         self.optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in self.models]
@@ -204,6 +205,103 @@ def test_buffers_that_a_forward_writes() -> None:
         twins.step(torch.randn(8, WIDTH, device="cuda"), torch.randn(8, WIDTH, device="cuda"))
         twins.update()
     assert twins.captured == 1
+
+
+class Scaled(nn.Module):
+    """Times a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.factor = nn.Linear(WIDTH, WIDTH), torch.full((WIDTH,), 2.0, device="cuda")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.factor
+
+
+class Own(nn.Module):
+    """Has parameters of its own at both ends, which are in different stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = (nn.Parameter(torch.ones(WIDTH)) for _ in range(2))
+        self.blocks = nn.ModuleList(Scaled() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.first
+        for block in self.blocks:
+            x = block(x)
+        return x * self.last
+
+
+class Distance(nn.Module):
+    factor = 1.0
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return squared(output, target) * self.factor
+
+
+def halved(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+    return output / 2
+
+
+def test_what_python_decides_by_is_heeded() -> None:
+    loss = Distance()
+    twins = Twins(Own(), torch.randn(2, WIDTH), loss)
+
+    def replace_first() -> None:
+        for model in twins.models:
+            model.first.data = torch.full((WIDTH,), 0.5, device="cuda")
+
+    def replace_last() -> None:
+        for model in twins.models:
+            model.last.data = torch.full((WIDTH,), 0.5, device="cuda")
+
+    def replace_plain() -> None:
+        for model in twins.models:
+            model.blocks[1].factor = torch.full((WIDTH,), 3.0, device="cuda")
+
+    def hook() -> None:
+        for model in twins.models:
+            model.blocks[2].register_forward_hook(halved)
+
+    def weigh() -> None:
+        loss.factor = 0.5
+
+    for change in (replace_first, replace_last, replace_plain, hook, weigh, lambda: None):
+        for seed in range(4):
+            torch.manual_seed(seed)
+            twins.step(torch.randn(8, WIDTH, device="cuda"), torch.randn(8, WIDTH, device="cuda"))
+            twins.update()
+        assert twins.captured == 1
+        change()
+    assert twins.captured == 1
+
+
+def test_outputs_wanted_only_later() -> None:
+    runner = runner_by("one_f_one_b", gpt().cuda(), tokens(0)[0][:2], crossed, graphs=True)
+    for wanted in (False, True, False, True):
+        runner.keep_outputs = wanted
+        for seed in range(4):
+            x, target = tokens(seed)
+            runner.step(x, target=target)
+            for parameter in runner.parameters():
+                parameter.grad = None
+            assert (runner.outputs is not None) == wanted
+    assert len(runner.captured) == 2
+
+
+def test_weights_of_the_loss() -> None:
+    """Whatever their number; only which microbatches have none makes another kind of step."""
+    twins = Twins(gpt(), tokens(0)[0][:2], crossed, "zero_bubble_h1", loss_weight=lambda target: (target != -100).sum())
+    for seed in range(10):
+        x, target = tokens(seed)
+        target[:, 20 + seed :] = -100
+        target[1, seed:] = -100
+        if seed % 3 == 2:
+            target[2:4] = -100
+        twins.step(x, target)
+        twins.update()
+    assert twins.captured == 2
 
 
 class Waits(nn.Module):

@@ -23,8 +23,3 @@ def test_a_model_on_the_cpu(gloo_pool: GlooPool) -> None:
     for said in (refusal(None, 0), *gloo_pool.run(refusal)):
         assert "graphs=True, and this process works on cpu" in said
         assert "move the model to the process's GPU" in said
-
-
-def test_weights_of_the_loss() -> None:
-    with pytest.raises(InputError, match="graphs=True was given together with loss_weight"):
-        runner_of(piped(sequence(), "2"), graphs=True, loss_weight=lambda target: 1.0)

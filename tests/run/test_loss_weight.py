@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import pipework
 from pipework import InputError, Runner
+from pipework.run.losses import times
 from tests.end_to_end.case import crossed
 from tests.gloo import GlooPool
 from tests.models import WIDTH, linear, numbers, trunk
@@ -90,6 +91,23 @@ def test_equal_weights_are_no_weights_to_the_last_bit() -> None:
     target = labelled(10, 10, 10, 10)
     assert torch.equal(plain.step(X, target=target), weighed.step(X, target=target))
     assert equal(gradients(plain.pipe.model), gradients(weighed.pipe.model))
+
+
+@given(
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    st.floats(-1e3, 1e3),
+    st.floats(1e-3, 1e3),
+)
+def test_a_share_on_the_device_gives_the_bits_of_the_number(dtype: torch.dtype, value: float, share: float) -> None:
+    number, tensor = (torch.tensor(value, dtype=dtype, requires_grad=True) for _ in range(2))
+    products = times(number, share), times(tensor, torch.tensor(share, dtype=torch.float64))
+    for product in products:
+        product.backward()
+    assert torch.equal(*products)
+    assert products[0].dtype == products[1].dtype == dtype
+    assert number.grad is not None
+    assert tensor.grad is not None
+    assert torch.equal(number.grad, tensor.grad)
 
 
 # ---------------------------------------------------------------------- the whole batch, in numbers without rounding

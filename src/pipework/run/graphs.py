@@ -5,8 +5,8 @@
     from there on  inputs are copied to where the graph reads them, and the graph runs
 
 A graph is bound to memory and to what Python decided as it was captured. So it holds for one kind of step: the same
-shapes and the same gradients there to add to; and it is captured anew when a parameter lies elsewhere than it did, or
-a module's plain attribute has another value.
+shapes, the same gradients there to add to, the same microbatches without weight. When of the modules themselves
+something is another than it was (see `pipework.run.graph_state`), all are captured anew.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import nn
 
 from pipework.errors import InputError
 from pipework.run.graph_draws import GraphDraws
+from pipework.run.graph_state import difference, state_of
 from pipework.run.inputs import Batch
 from pipework.run.losses import Losses
 from pipework.split.draws import DrawKey
-from pipework.split.preserve import simple_attributes
-from pipework.split.torch_private import abandon_capture, buffers_of, parameters_of
+from pipework.split.torch_private import abandon_capture
 from pipework.split.trees import leaves, map_leaves
 
 WARM = 2
@@ -63,16 +63,18 @@ class _Kind:
 class Graphs:
     """The steps of one plan: as ever, captured, or replayed."""
 
-    def __init__(self, stages: Sequence[nn.Module], devices: Collection[torch.device]) -> None:
+    def __init__(self, stages: Sequence[nn.Module], loss: Any, devices: Collection[torch.device]) -> None:
         self._refuse_unfit(devices)
         self._device = next(iter(devices))
-        self._modules = {name: module for stage in stages for name, module in stage.named_modules()}
+        self._names = {module: name for stage in stages for name, module in stage.named_modules()}
+        if isinstance(loss, nn.Module):
+            self._names |= {module: name for name, module in loss.named_modules(prefix="loss")}
         self._parameters = list(dict.fromkeys(p for stage in stages for p in stage.parameters()))
         self._stream = torch.cuda.Stream(self._device)
         self._pool = torch.cuda.graph_pool_handle()  # for all graphs at hand: no two run at once
         self._kinds: dict[Any, _Kind] = {}
-        self._state = self._state_now()
-        self._changes = ""  # what of it the last step itself changed
+        self._state = state_of(self._names)
+        self._changed = ""  # what of it the last step itself set anew
 
     @property
     def captured(self) -> list[Captured]:
@@ -88,12 +90,12 @@ class Graphs:
                 remedy="move the model to the process's GPU before the first step, or leave graphs out",
             )
 
-    def step(self, batch: Batch, draw: DrawKey, eager: Eager) -> Losses:
-        """One step, in whichever way."""
+    def step(self, batch: Batch, keep: bool, draw: DrawKey, eager: Eager) -> Losses:
+        """One step, in whichever way; `keep` says that its outputs are wanted."""
         self._forget_if_changed()
-        kind = self._kinds.setdefault(self._key(batch), _Kind())
+        kind = self._kinds.setdefault((keep, self._key(batch)), _Kind())
         made, kind.made = kind.made, kind.made + 1
-        if made == WARM and (reason := _unfit(batch) or self._changes):
+        if made == WARM and (reason := _unfit(batch) or self._changed):
             _warn(reason)
         elif made == WARM:
             self._capture(kind, batch, eager)
@@ -101,13 +103,15 @@ class Graphs:
             return self._replay(kind.captured, batch, draw)
         with kind.draws.noted() if made == WARM - 1 else contextlib.nullcontext():
             losses = eager(batch, False)
-        after = self._state_now()
-        self._changes, self._state = _difference(self._state, after), after
+        before, self._state = self._state, state_of(self._names)
+        found = difference(before, self._state)
+        self._changed = f"a forward sets {found[1]!r} of {self._names[found[0]]!r} anew" if found else ""
         return losses
 
     def _key(self, batch: Batch) -> Any:
         given = [*_tensors(batch), *(leaf for target in batch.targets for leaf in leaves(target))]
         return (
+            batch.shares and tuple(map(bool, batch.shares)),
             tuple(p.grad is None for p in self._parameters),
             tuple((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in given),
         )
@@ -152,7 +156,7 @@ class Graphs:
 
     def _place(self, error: BaseException) -> str:
         """The innermost module whose forward was under way."""
-        names = {id(module): name for name, module in self._modules.items()}
+        names = {id(module): name for module, name in self._names.items()}
         inside = [id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)]
         found = [names[each] for each in inside if names.get(each)]
         return f"{found[-1]!r} cannot be captured" if found else "something outside of modules cannot be captured"
@@ -163,6 +167,9 @@ class Graphs:
         for still, given in zip(_all_tensors(captured.batch), _all_tensors(batch), strict=True):
             if still is not given:
                 still.copy_(given, non_blocking=True)
+        for still, share in zip(captured.batch.shares or (), batch.shares or (), strict=True):
+            if isinstance(still, torch.Tensor):
+                still.fill_(share)
         for parameter, gradient in captured.gradients.items():
             if parameter.grad is not None and parameter.grad is not gradient and gradient is not None:
                 gradient.copy_(parameter.grad)
@@ -174,17 +181,8 @@ class Graphs:
 
     # ------------------------------------------------------------------ what a graph is bound to
 
-    def _state_now(self) -> dict[str, Any]:
-        """By module, where its tensors are, and its plain attributes."""
-        found: dict[str, Any] = {}
-        for name, module in self._modules.items():
-            tensors = {**parameters_of(module), **buffers_of(module)}
-            at = {own: tensor.data_ptr() for own, tensor in tensors.items() if tensor is not None}
-            found[name] = simple_attributes(module), at
-        return found
-
     def _forget_if_changed(self) -> None:
-        state = self._state_now()
+        state = state_of(self._names)
         if state != self._state:
             self._state = state
             self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are gone cannot be used again
@@ -202,16 +200,6 @@ def _refusing_waits() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
-
-
-def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """What a step changed and a replay would leave as it is, in words; nothing if there is none."""
-    for name, found in after.items():
-        for old, new in zip(before[name], found, strict=True):
-            for own in old | new:
-                if old.get(own) != new.get(own):
-                    return f"the forward of {name!r} sets its {own!r} anew, which a replay would not"
-    return ""
 
 
 def _warn(reason: str) -> None:
@@ -255,4 +243,7 @@ def _still(batch: Batch, device: torch.device) -> Batch:
 
     inputs = [[own(x) for x in row] for row in batch.inputs]
     targets = [map_leaves(own, target) for target in batch.targets]
-    return dataclasses.replace(batch, given=inputs, inputs=inputs, targets=targets)
+    shares = batch.shares and [
+        torch.zeros((), dtype=torch.float64, device=device) if each else 0.0 for each in batch.shares
+    ]
+    return dataclasses.replace(batch, given=inputs, inputs=inputs, targets=targets, shares=shares)

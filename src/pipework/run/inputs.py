@@ -14,6 +14,7 @@ import torch
 
 from pipework.errors import InputError, MismatchError
 from pipework.plan import Schedule
+from pipework.run.losses import Share
 from pipework.run.transport import Transport, refusing, together
 from pipework.split.arguments import Arguments, named
 from pipework.split.microbatch import rows
@@ -29,7 +30,7 @@ class Batch:
     given: list[list[torch.Tensor | None]]  # views of the caller's tensors
     inputs: list[list[torch.Tensor | None]]  # what the stages work on
     targets: list[Any]
-    shares: list[float] | None  # of the step's loss; empty where there is no target here; None if all count alike
+    shares: Sequence[Share] | None  # of the step's loss; empty where there is no target here; None if all count alike
 
     def return_gradients(self) -> None:
         """Hand on the gradients of what the stages worked on to the caller's tensors, in the order of microbatches."""

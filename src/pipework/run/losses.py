@@ -24,6 +24,9 @@ from pipework.split.trees import map_leaves
 LossWeight = Callable[[Any], Any]
 """From a microbatch's target to its weight: a number, or a tensor without dimensions."""
 
+Share = float | torch.Tensor
+"""What a microbatch's loss is multiplied by; a tensor of float64 where a captured step reads it anew every time."""
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -81,7 +84,7 @@ class Losses:
         trains: bool,
         divisor: int,
         targets: Sequence[Any],
-        shares: Sequence[float] | None,
+        shares: Sequence[Share] | None,
         variants: Sequence[Variant],
         keep: bool,
     ) -> None:
@@ -118,10 +121,10 @@ class Losses:
             self._values[microbatch] = loss.detach()
             return loss / self._divisor if self._divisor != 1 else loss
         share = self._shares[microbatch]
-        if not share:  # the mean over nothing is NaN, and so would be 0 times that and its gradients
+        if not (isinstance(share, torch.Tensor) or share):  # the mean over nothing is NaN, and so would be 0 times that
             self._values[microbatch] = torch.zeros_like(loss)
             return None
-        loss = loss * share
+        loss = times(loss, share)
         self._values[microbatch] = loss.detach()
         return loss
 
@@ -156,6 +159,14 @@ def _beside(results: Sequence[torch.Tensor], target: Any) -> Any:
     if not results or (type(target) is torch.Tensor and target.device == results[0].device):
         return target
     return map_leaves(lambda x: x.to(results[0].device) if isinstance(x, torch.Tensor) else x, target)
+
+
+def times(loss: torch.Tensor, share: Share) -> torch.Tensor:
+    """The loss by its share: a tensor gives the very bits that the number would, which kernels have in float32."""
+    if not isinstance(share, torch.Tensor):
+        return loss * share
+    inner = loss.dtype if loss.dtype == torch.float64 else torch.float32
+    return (loss.to(inner) * share.to(inner)).to(loss.dtype)
 
 
 def _total(losses: torch.Tensor, divisor: int) -> torch.Tensor:

@@ -39,7 +39,13 @@ class Plan:
 
 
 def plan(
-    pipe: Pipe, schedule: Schedule, variants: Sequence[Variant], trains: bool, ends: Sequence[Transport], graphs: bool
+    pipe: Pipe,
+    schedule: Schedule,
+    variants: Sequence[Variant],
+    trains: bool,
+    ends: Sequence[Transport],
+    graphs: bool,
+    loss: Any,
 ) -> Plan:
     """Lower the schedule over the edges of the microbatches' variants, and prepare the executors of the ranks."""
     layout = pipe.lay(schedule.layout, *dict.fromkeys(variants))
@@ -74,7 +80,7 @@ def plan(
     whole: Graphs | None = None
     if graphs and trains:
         held = [pipe.get_stage_module(index) for executor in executors for index in executor.devices]
-        whole = Graphs(held, devices)
+        whole = Graphs(held, loss, devices)
     return Plan(schedule, tuple(variants), executors, devices, watched, modules, number, graphs=whole)
 
 

@@ -103,12 +103,6 @@ class Runner:
         self.pipe, self.schedule = pipe, schedule
         self._ranks: Ranks = ThreadRanks(schedule.layout.ranks) if group is None else ProcessRank(group, self._device())
         self._ends = self._ranks.ends
-        if graphs and loss_weight is not None:
-            raise InputError(
-                "graphs=True was given together with loss_weight",
-                why="a weight is a number on the host, and would stay what it was when the step was captured",
-                remedy="weigh in the loss, from what the target holds, with scale_loss=False",
-            )
         self._loss, self._scale_loss = loss, scale_loss
         weigh = None if loss_weight is None else partial(shares, loss_weight, scale=scale_loss)
         self._inputs = Inputs(pipe, schedule, dict(chunk_spec or {}), weigh)
@@ -194,7 +188,8 @@ class Runner:
         if made.graphs is None:
             losses = self._eager(made, trains, draw, recording, batch)
         else:
-            losses = made.graphs.step(batch, draw, partial(self._eager, made, trains, draw, recording))
+            eager = partial(self._eager, made, trains, draw, recording)
+            losses = made.graphs.step(batch, self.keep_outputs, draw, eager)
         batch.return_gradients()
         total = losses.total(self._ends, made.schedule.layout.rank_of[-1], made.loss_dtype)
         outputs = losses.outputs if made.graphs is None else copied(losses.outputs)
@@ -253,7 +248,7 @@ class Runner:
             }
             agree(facts, self._ends[0])
         if made is None:
-            made = plan(self.pipe, self.schedule, batch.variants, trains, self._ends, self._graphs)
+            made = plan(self.pipe, self.schedule, batch.variants, trains, self._ends, self._graphs, self._loss)
             self._plans[key] = made
         return made
 

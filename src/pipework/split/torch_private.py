@@ -147,6 +147,18 @@ def has_backward_hooks(module: torch.nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
+_MODULE_HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+_PARAMETER_HOOKS = "_backward_hooks", "_post_accumulate_grad_hooks"
+
+
+def hooks_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Numbers of the hooks that look on at the module's calls, or at its parameters' gradients; by table, if any."""
+    found = {name: tuple(getattr(module, name)) for name in _MODULE_HOOKS}
+    for own, parameter in module._parameters.items():
+        found |= {f"{own}.{name}": tuple(getattr(parameter, name, None) or ()) for name in _PARAMETER_HOOKS}
+    return {name: numbers for name, numbers in found.items() if numbers}
+
+
 def run_backward(
     roots: Sequence[Any], seeds: Sequence[torch.Tensor | None], inputs: tuple[torch.Tensor, ...] = ()
 ) -> None:
@@ -313,6 +325,7 @@ __all__ = [
     "goes_on_to",
     "has_backward_hooks",
     "has_gradient_hooks",
+    "hooks_of",
     "in_backward",
     "is_compiled",
     "is_compiled_in_place",
