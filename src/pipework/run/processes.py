@@ -76,8 +76,8 @@ class ProcessTransport(Transport):
 
     @override
     def numbers(self, number: int) -> list[int] | None:
-        if not self._is_gloo:
-            return None  # it would make the host wait for the GPU
+        if not self._is_gloo or self.ranks == 1:
+            return None  # it would make the host wait for the GPU, or for nobody
         mine, everyones = self._told
         mine.fill_(number)
         with self._connected:
@@ -101,6 +101,8 @@ class ProcessTransport(Transport):
 
     @override
     def share(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        if self.ranks == 1:
+            return tensor
         options = dist.BroadcastOptions()
         options.rootRank = source
         with self._connected:
