@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipework import CutError, CutPoint, InputError, ModuleCosts, module_costs, pipeline, simulate
 from pipework.plan import one_f_one_b
@@ -102,6 +105,45 @@ def test_of_what_is_kept_through_views_the_whole_memory_counts() -> None:
     assert part.cost.activation == x.nbytes + 2 * x.nbytes
 
 
+class Checkpointed(nn.Module):
+    """A block in checkpoints, the innermost first; each runs all inside it again in the backward."""
+
+    def __init__(self, *reentrant: bool) -> None:
+        super().__init__()
+        self.block, self.reentrant = Block(), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        run: Callable[[Tensor], Any] = self.block
+        for use_reentrant in self.reentrant:
+            run = partial(checkpoint, run, use_reentrant=use_reentrant)
+        return run(x)
+
+
+@pytest.mark.parametrize("reentrant", [(False,), (True,), (False, False), (True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("stages", [3, 6])  # the block stays whole, or is opened
+def test_what_a_checkpoint_does_again_counts_as_input_gradient(reentrant: tuple[bool, ...], stages: int) -> None:
+    def whole(*reentrant: bool) -> Cost:
+        model = nn.Sequential(linear(), Checkpointed(*reentrant), linear())
+        model._no_split_modules = ["Checkpointed"] * (stages == 3)
+        found = module_costs(model, (numbers(4, 8),), stages=stages)
+        assert (names(found) == ["0", "1", "2"]) == (stages == 3)
+        return sum((part.cost for part in found.parts), Cost())
+
+    block = sum((part.cost for part in module_costs(nn.Sequential(Block()), (numbers(4, 8),), stages=1).parts), Cost())
+    plain, found = whole(), whole(*reentrant)
+    assert found.forward == plain.forward
+    assert found.weight_gradient == plain.weight_gradient
+    assert found.input_gradient == plain.input_gradient + len(reentrant) * block.forward
+    assert found.activation < plain.activation
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_a_checkpoint_without_a_gradient_does_nothing_again() -> None:
+    model = nn.Sequential(Checkpointed(True), Checkpointed(False), linear())
+    model[:2].requires_grad_(False)
+    assert all(part.cost.input_gradient == 0 for part in module_costs(model, (numbers(4, 8),), stages=3).parts)
+
+
 def test_without_values_the_counts_are_the_same() -> None:
     with torch.device("meta"):
         unreal = blocks(3)
@@ -131,6 +173,17 @@ def test_measured_costs_are_seconds_and_change_nothing() -> None:
     assert all(part.cost.forward > 0 for part in found.parts)
     assert [p.cost.activation for p in found.parts] == [p.cost.activation for p in counts.parts]
     assert pipeline(model, (x,), split_spec=found.cut_points(4)).num_stages == 4
+
+
+def test_measured_with_checkpoints_and_writes_in_place() -> None:
+    class Written(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.add_(1)
+
+    model = nn.Sequential(linear(), Written(), Checkpointed(False), linear())
+    assert all(part.cost.forward > 0 for part in module_costs(model, (numbers(),), stages=3, repeats=1).parts)
+    with pytest.raises(InputError, match=r"(?s)cannot be measured by parts.*use_reentrant=False"):
+        module_costs(nn.Sequential(linear(), Checkpointed(True)), (numbers(),), stages=2, repeats=1)
 
 
 def test_costs_per_stage_drive_a_timeline() -> None:

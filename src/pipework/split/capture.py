@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from pipework.errors import CaptureError, CutError, PipeworkError
 from pipework.split.arguments import named
-from pipework.split.checkpoints import taped, taped_reentrant
+from pipework.split.checkpoints import goes_back, taped, taped_reentrant
 from pipework.split.cost import Meter
 from pipework.split.fakes import Fakes, Valueless, fakes_for, undress
 from pipework.split.generators import Watch
@@ -197,6 +197,8 @@ class _Run:
     def apply(self, original: Callable[..., Any], function: type, args: tuple[Any, ...], kwargs: Any) -> Any:
         # One entry, since its inside has a backward of its own.
         if self.tape.silent or self.applied is not None:
+            if function is CheckpointFunction and self.tape.meter and goes_back(args):
+                args = self.tape.meter.as_in_backward(args[0]), *args[1:]
             return original(function, *args, **kwargs)
         if function is CheckpointFunction:
             return taped_reentrant(self.tape, *args)
@@ -213,7 +215,8 @@ class _Run:
             self.applied = None
 
     def checkpoint(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Iterator[None]:
-        return taped(self.tape, original, args, kwargs)
+        with self.tape.meter.checkpointed() if self.tape.meter else contextlib.nullcontext():
+            yield from taped(self.tape, original, args, kwargs)
 
     def cache_cleared(self) -> None:
         self.tape.stretch += 1

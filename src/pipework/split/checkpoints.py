@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def taped_reentrant(tape: Tape, function: Callable[..., Any], preserve: bool, *a
 
     Where none of its tensors asks for a gradient, the real one runs it without gradients for good.
     """
-    if not torch.is_grad_enabled() or not any(_differentiable(a) for a in args):
+    if not goes_back(args):
         with torch.no_grad():
             return function(*args)
     settings = {} if preserve else {"preserve_rng_state": False}
@@ -62,6 +62,11 @@ def taped_reentrant(tape: Tape, function: Callable[..., Any], preserve: bool, *a
     found = out if isinstance(out, tuple) else (out,)
     mark.returned.extend(tape.number(t) for t in found if isinstance(t, torch.Tensor))
     return out
+
+
+def goes_back(args: Iterable[Any]) -> bool:
+    """Whether a reentrant checkpoint of these arguments has a backward."""
+    return torch.is_grad_enabled() and any(_differentiable(a) for a in args)
 
 
 def _differentiable(argument: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from pipework.split.torch_private import WithoutFunctionModes, memory_of, storage_of
-from pipework.split.trees import leaves
+from pipework.split.trees import leaves, map_leaves
 
 OPERATIONS_PER_ELEMENT = 10.0
 """What moving one element is taken to cost beside arithmetic, so that norms and activations count for something."""
@@ -56,13 +56,14 @@ class Meter:
 
     An operation costs the multiplications and additions of its matrix products, and something for each element that it
     writes. A gradient costs the same again for each operand that asks for one; it is a weight gradient where the
-    operand is a parameter or is made of parameters alone.
+    operand is a parameter or is made of parameters alone. What a checkpoint does again counts as input gradient, too.
     """
 
     def __init__(self, activations: bool = True) -> None:
         self._activations = activations
         self._weights: set[int] = set()  # storages of parameters, and of what is made of them alone
         self._kept: set[int] = set()
+        self._checkpoints = 0  # around what runs now
         self._total = Cost()
 
     def read(self) -> Cost:
@@ -81,6 +82,27 @@ class Meter:
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._keep, lambda kept: kept))
             yield
 
+    @contextlib.contextmanager
+    def checkpointed(self) -> Iterator[None]:
+        """What runs inside the block will run again in the backward, at the expense of the input gradient."""
+        self._checkpoints += 1
+        try:
+            yield
+        finally:
+            self._checkpoints -= 1
+
+    def as_in_backward(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of a reentrant checkpoint, which runs it without gradients, as it will run in the backward."""
+
+        def run(*args: Any) -> Any:
+            own = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
+            nothing = torch.autograd.graph.saved_tensors_hooks(lambda kept: None, lambda kept: kept)
+            with torch.enable_grad(), self.checkpointed(), nothing if self._activations else contextlib.nullcontext():
+                out = function(*(a.view_as(a) if isinstance(a, Tensor) else a for a in own))
+            return map_leaves(lambda x: x.detach() if isinstance(x, Tensor) else x, out)
+
+        return run
+
     def operation(self, function: Any, args: Any, kwargs: Mapping[str, Any], out: Any, born: set[int]) -> None:
         """Count one operation; `born` are the storages it made."""
         given = [t for t in leaves((args, dict(kwargs))) if isinstance(t, Tensor)]
@@ -97,6 +119,8 @@ class Meter:
                     weight_gradient += gradient
                 else:
                     input_gradient += gradient
+            if input_gradient or weight_gradient:
+                input_gradient += self._checkpoints * forward
         self._total += Cost(forward, input_gradient, weight_gradient)
         if given and all(storage_of(t) in self._weights for t in given):
             self._weights |= born

@@ -36,7 +36,7 @@ def module_costs(
     `cut_points`. Neither the model nor the random state is changed.
 
     Raises `CutError` where the model has fewer parts than stages, and `InputError` where something is to be measured
-    that has no values (on the meta device).
+    that has no values (on the meta device), or whose backward has a reentrant checkpoint.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 64))
     >>> costs = pipework.module_costs(model, (torch.ones(4, 8),), stages=2)
@@ -79,7 +79,8 @@ def _timed(pipe: Pipe) -> list[tuple[float, float, float]]:
         stage = pipe.get_stage_module(part.index)
         given = [*(inputs[position] for _, position in part.inputs), *(values[i] for i in part.received)]
         given = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in given]
-        forward, out = _clocked(lambda code=code, stage=stage, given=given: code(stage, *given))
+        views = [tensor.view_as(tensor) for tensor in given]  # leaves could not be written in place
+        forward, out = _clocked(lambda code=code, stage=stage, views=views: code(stage, *views))
         values |= {
             i: tensor.detach().requires_grad_(tensor.requires_grad) for i, tensor in zip(part.outputs, out, strict=True)
         }
@@ -96,7 +97,14 @@ def _backward(ends: list[Tensor], sources: list[Tensor]) -> float:
     if not ends or not sources:
         return 0.0
     seeds = [torch.ones_like(tensor) for tensor in ends]
-    return _clocked(lambda: torch.autograd.grad(ends, sources, seeds, retain_graph=True, allow_unused=True))[0]
+    try:
+        return _clocked(lambda: torch.autograd.grad(ends, sources, seeds, retain_graph=True, allow_unused=True))[0]
+    except RuntimeError as error:
+        raise InputError(
+            "the model's backward cannot be measured by parts",
+            why=f"torch says: {error}",
+            remedy="count (repeats=0), or pass use_reentrant=False where the model calls torch.utils.checkpoint",
+        ) from error
 
 
 def _clocked(call: Callable[[], Any]) -> tuple[float, Any]:
