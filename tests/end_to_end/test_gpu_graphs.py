@@ -6,6 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -73,7 +74,7 @@ class Twins:
     def captured(self) -> int:
         return len(self.runners[0].captured)
 
-    def step(self, x: Tensor, target: Tensor) -> None:
+    def step(self, x: Tensor, target: Any) -> None:
         """One step of each; the loss, all gradients and the output are equal."""
         for runner in self.runners:
             runner.keep_outputs = True
@@ -275,6 +276,97 @@ def test_what_python_decides_by_is_heeded() -> None:
         assert twins.captured == 1
         change()
     assert twins.captured == 1
+
+
+class Learned(nn.Module):
+    """A loss with a parameter and a table of its own, which grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.doubt, self.table = nn.Parameter(torch.zeros((), device="cuda")), torch.ones(1, device="cuda")
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        width = target.shape[1]
+        if width > len(self.table):
+            self.table = torch.full((width,), width / WIDTH, device="cuda")
+        return squared(output, target[:, :WIDTH]) * torch.exp(-self.doubt) * self.table[0] + self.doubt
+
+
+def test_a_loss_that_learns_and_grows() -> None:
+    """Other targets make another kind of step, in which the table is set anew; so what was captured is of the past."""
+    losses = [Learned(), Learned()]
+    models = [Own().cuda()]
+    models.append(copy.deepcopy(models[0]))
+    runners = [
+        runner_by("one_f_one_b", model, torch.randn(2, WIDTH, device="cuda"), loss, graphs=graphs)
+        for model, loss, graphs in zip(models, losses, (True, False), strict=True)
+    ]
+    optimizers = [
+        torch.optim.SGD([*model.parameters(), *loss.parameters()], 0.01)
+        for model, loss in zip(models, losses, strict=True)
+    ]
+    captured = []
+    for seed, width in enumerate([WIDTH] * 4 + [2 * WIDTH] * 4 + [WIDTH] * 4):
+        torch.manual_seed(seed)
+        x, target = torch.randn(8, WIDTH, device="cuda"), torch.randn(8, width, device="cuda")
+        one, other = (runner.step(x, target=target) for runner in runners)
+        assert torch.equal(one, other)
+        assert losses[0].doubt.grad is not None
+        assert losses[1].doubt.grad is not None
+        assert torch.equal(losses[0].doubt.grad, losses[1].doubt.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert torch.equal(losses[0].doubt, losses[1].doubt)
+        captured.append(len(runners[0].captured))
+    assert captured == [0, 0, 1, 1, 0, 0, 1, 1, 1, 1, 2, 2]
+
+
+def test_a_parameter_that_is_another_and_a_child_that_is_another() -> None:
+    twins = Twins(Own(), torch.randn(2, WIDTH), squared)
+
+    def another_parameter() -> None:
+        for model in twins.models:
+            model.blocks[1].linear.weight = nn.Parameter(torch.eye(WIDTH, device="cuda"))
+
+    def another_child() -> None:
+        for model in twins.models:
+            model.blocks[1].linear = nn.Linear(WIDTH, WIDTH, bias=False, device="cuda")
+            nn.init.constant_(model.blocks[1].linear.weight, 0.1)
+
+    for change in (another_parameter, another_child, lambda: None):
+        for seed in range(5):
+            torch.manual_seed(seed)
+            twins.step(torch.randn(8, WIDTH, device="cuda"), torch.randn(8, WIDTH, device="cuda"))
+            for model in twins.models:
+                assert all(parameter.grad is not None for parameter in model.parameters())
+                torch.optim.SGD(model.parameters(), 0.01).step()
+                model.zero_grad()
+        assert twins.captured == 1
+        change()
+
+
+def test_targets_that_are_one_and_the_same_or_no_tensors() -> None:
+    def loss(output: Tensor, target: Any) -> Tensor:
+        factor = target["factor"]
+        return squared(output * target["a"] * target["b"], target["y"]) * (factor if isinstance(factor, int) else 1)
+
+    spec = {"target": {"a": None, "b": None, "y": 0, "factor": None}}
+    twins = Twins(Own(), torch.randn(2, WIDTH), loss, chunk_spec=spec)
+    one, two = (torch.tensor(value, device="cuda") for value in (1.5, 0.5))
+    for number, (a, b, factor) in enumerate([(one, one, 1)] * 4 + [(one, two, 1)] * 4 + [(two, one, 2)] * 4):
+        torch.manual_seed(number)
+        x, y = torch.randn(8, WIDTH, device="cuda"), torch.randn(8, WIDTH, device="cuda")
+        twins.step(x, {"a": a, "b": b, "y": y, "factor": factor})
+        twins.update()
+    assert twins.captured == 3
+    x, y = torch.randn(8, WIDTH, device="cuda"), torch.randn(8, WIDTH, device="cuda")
+    for number in range(3):
+        told = pytest.warns(UserWarning, match="neither a tensor nor a plain") if number == 2 else nullcontext()
+        with told:
+            twins.step(x, {"a": one, "b": two, "y": y, "factor": object()})
+        twins.update()
+    assert twins.captured == 3
 
 
 def test_outputs_wanted_only_later() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -642,3 +643,20 @@ class _Counted:
 
     def __del__(self) -> None:
         self.alive.discard(id(self))
+
+
+@pytest.mark.parametrize("make", [partial(nn.Linear, 4, 4), partial(nn.Conv1d, 4, 4, 1)])
+def test_complex_numbers(make: Callable[..., nn.Module]) -> None:
+    """Autograd conjugates, where the product of real numbers goes as it is."""
+    model = nn.Sequential(*(make(dtype=torch.complex64) for _ in range(3)))
+    x = torch.complex(numbers(8, 4, 4), numbers(8, 4, 4, seed=3))
+    report = pipework.verify(
+        model,
+        (x,),
+        loss=lambda output, _: output.abs().square().mean(),
+        target=x,
+        ranks=2,
+        microbatches=4,
+        schedule="zero_bubble_h1",
+    )
+    assert report.equal, report.text()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import signal
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,3 +79,40 @@ def test_a_stage_that_makes_something_else_than_announced_is_refused() -> None:
     moody.wide = True
     with pytest.raises(pipework.MismatchError, match=r"torch.float64 was about to be sent as \(2, 8\), torch.float32"):
         runner.step(X, target=Y)
+
+
+def test_what_a_broken_step_left_of_a_tied_weight_is_in_no_later_gradient() -> None:
+    trap = Fails("backward")
+    model = nn.Sequential(sequence(), trap, linear())
+    model[2].weight = model[0][0].weight
+    reference = copy.deepcopy(model)
+    runner = runner_of(piped(model, "1"))
+    trap.armed = True  # what is behind it has gone back by then, to a twin of the weight
+    with pytest.raises(ZeroDivisionError):
+        runner.step(X, target=Y)
+    trap.armed = False
+    model.zero_grad()
+    assert torch.equal(runner.step(X, target=Y), unsplit(reference, X, Y, 4))
+    assert equal(gradients(model), gradients(reference))
+
+
+def test_an_interrupt_waits_for_the_ranks_and_the_next_step_works() -> None:
+    class Interrupts(nn.Module):
+        armed = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.armed and not isinstance(x, torch._subclasses.FakeTensor):
+                Interrupts.armed = False
+                os.kill(os.getpid(), signal.SIGINT)  # as the user does who presses Ctrl-C
+            return x
+
+    model = nn.Sequential(sequence(), Interrupts(), linear())
+    reference = copy.deepcopy(model)
+    runner = runner_of(piped(model, "1"))
+    runner.step(X, target=Y)
+    Interrupts.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        runner.step(X, target=Y)
+    model.zero_grad()
+    assert torch.equal(runner.step(X, target=Y), unsplit(reference, X, Y, 4))
+    assert equal(gradients(model), gradients(reference))

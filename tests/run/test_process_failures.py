@@ -172,3 +172,41 @@ def other_kind(group: Any, rank: int) -> str:
 
 def test_a_step_on_one_rank_and_an_evaluation_on_another(gloo_pool: GlooPool) -> None:
     assert gloo_pool.run(other_kind) == ["rank 1 has another kind of step than rank 0"] * 2
+
+
+class Late(nn.Module):
+    """Raises in the backward of the last microbatch, when nobody else has anything to do any more."""
+
+    left = -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.register_hook(self.hook)
+        return x * 1
+
+    def hook(self, gradient: Tensor) -> None:
+        Late.left -= 1
+        if not Late.left:
+            raise ValueError("too late")
+
+
+def heard_late(group: Any, rank: int) -> tuple[str, bool]:
+    def made() -> pipework.Runner:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), Late(), nn.Linear(4, 4))
+        pipe = pipework.pipeline(model, (torch.ones(2, 4),), split_spec={"2": pipework.SplitPoint.BEGINNING})
+        schedule = pipework.schedules.one_f_one_b(pipe.layout(2), MICROBATCHES)
+        return pipework.Runner(pipe, schedule, loss=nn.functional.mse_loss, group=group)
+
+    def step(runner: pipework.Runner) -> Tensor:
+        return runner.step(torch.ones(8, 4), target=torch.zeros(8, 4))
+
+    broken = made()
+    step(broken)
+    Late.left = MICROBATCHES
+    error = raised(lambda: step(broken))
+    Late.left = -1
+    return type(error).__name__, bool(torch.isfinite(step(made())))
+
+
+def test_a_failure_that_others_hear_of_after_their_last_action(gloo_pool: GlooPool) -> None:
+    assert gloo_pool.run(heard_late) == [("ValueError", True), ("TransportError", True)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pipework import Pipe, pipe_split, pipeline
+from pipework import Pipe, pipe_split, pipeline, verify
 from pipework.split.draws import DrawKey, drawing_for, streams
 from tests.models import linear, numbers, trunk
 from tests.split.equality import Spec, before, outcome
@@ -202,3 +202,27 @@ def test_checkpoint_draws_the_same_mask_again(reentrant: bool) -> None:
 
     saved, plain = trained(True), trained(False)
     assert all(torch.equal(a, b) for a, b in zip(saved, plain, strict=True))
+
+
+class Quiet(nn.Module):
+    """Draws nothing, in a checkpoint, which sets the generator that all threads share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: x + torch.tanh(self.linear(x)), x, use_reentrant=False)
+
+
+class Noisy(Quiet):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: x + F.dropout(torch.tanh(self.linear(x)), 0.2), x, use_reentrant=False)
+
+
+def test_a_checkpoint_on_one_rank_beside_draws_on_another() -> None:
+    model = nn.Sequential(*(Quiet() for _ in range(6)), *(Noisy() for _ in range(6)))
+    x = torch.randn(64, 64)
+    for _ in range(4):
+        report = verify(model, (x,), target=x, loss=F.mse_loss, ranks=2, microbatches=8, split_spec=before("6"))
+        assert report.equal, report.text()

@@ -150,8 +150,8 @@ def connections(group: dist.ProcessGroup, device: torch.device) -> Connections:
     return found
 
 
-def close(group: dist.ProcessGroup) -> None:
-    """Close a group's connections, so that whoever waits on one of them hears of it; the next runner makes new ones."""
-    found = _known.pop(group, None)
-    if found is not None:
-        found.abort()
+def close(group: dist.ProcessGroup, old: Connections) -> None:
+    """Close connections, so that whoever waits on one of them hears of it; the group's next runner makes new ones."""
+    if _known.get(group) is old:
+        del _known[group]
+    old.abort()

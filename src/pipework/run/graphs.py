@@ -23,7 +23,7 @@ from torch import nn
 
 from pipework.errors import InputError
 from pipework.run.graph_draws import GraphDraws
-from pipework.run.graph_state import difference, state_of
+from pipework.run.graph_state import difference, is_plain, state_of
 from pipework.run.inputs import Batch
 from pipework.run.losses import Losses
 from pipework.split.draws import DrawKey
@@ -66,14 +66,12 @@ class Graphs:
     def __init__(self, stages: Sequence[nn.Module], loss: Any, devices: Collection[torch.device]) -> None:
         self._refuse_unfit(devices)
         self._device = next(iter(devices))
-        self._names = {module: name for stage in stages for name, module in stage.named_modules()}
-        if isinstance(loss, nn.Module):
-            self._names |= {module: name for name, module in loss.named_modules(prefix="loss")}
-        self._parameters = list(dict.fromkeys(p for stage in stages for p in stage.parameters()))
+        self._roots = [*stages, *([loss] if isinstance(loss, nn.Module) else [])]
         self._stream = torch.cuda.Stream(self._device)
         self._pool = torch.cuda.graph_pool_handle()  # for all graphs at hand: no two run at once
         self._kinds: dict[Any, _Kind] = {}
-        self._state = state_of(self._names)
+        self._state = state_of(self._roots)
+        self._parameters = self._parameters_now()
         self._changed = ""  # what of it the last step itself set anew
 
     @property
@@ -93,7 +91,8 @@ class Graphs:
     def step(self, batch: Batch, keep: bool, draw: DrawKey, eager: Eager) -> Losses:
         """One step, in whichever way; `keep` says that its outputs are wanted."""
         self._forget_if_changed()
-        kind = self._kinds.setdefault((keep, self._key(batch)), _Kind())
+        key = keep, self._key(batch)
+        kind = self._kinds.setdefault(key, _Kind())
         made, kind.made = kind.made, kind.made + 1
         if made == WARM and (reason := _unfit(batch) or self._changed):
             _warn(reason)
@@ -103,17 +102,27 @@ class Graphs:
             return self._replay(kind.captured, batch, draw)
         with kind.draws.noted() if made == WARM - 1 else contextlib.nullcontext():
             losses = eager(batch, False)
-        before, self._state = self._state, state_of(self._names)
+        before, self._state = self._state, state_of(self._roots)
         found = difference(before, self._state)
-        self._changed = f"a forward sets {found[1]!r} of {self._names[found[0]]!r} anew" if found else ""
+        self._changed = f"a forward sets {found[1]!r} of {self._names()[found[0]]!r} anew" if found else ""
+        if self._changed:
+            self._forget({key: kind})
         return losses
 
+    def _names(self) -> dict[nn.Module, str]:
+        return {module: name for root in self._roots for name, module in root.named_modules()}
+
+    def _parameters_now(self) -> list[nn.Parameter]:
+        """Those that a step may give gradients, as far as modules tell: the stages', and the loss's."""
+        return list(dict.fromkeys(p for root in self._roots for p in root.parameters()))
+
     def _key(self, batch: Batch) -> Any:
-        given = [*_tensors(batch), *(leaf for target in batch.targets for leaf in leaves(target))]
+        given = [*_tensors(batch), *(x for x in _aims(batch) if isinstance(x, torch.Tensor) or is_plain(x))]
         return (
             batch.shares and tuple(map(bool, batch.shares)),
             tuple(p.grad is None for p in self._parameters),
-            tuple((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in given),
+            tuple((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else (type(x), x) for x in given),
+            _alike(given),
         )
 
     # ------------------------------------------------------------------ capture
@@ -156,7 +165,7 @@ class Graphs:
 
     def _place(self, error: BaseException) -> str:
         """The innermost module whose forward was under way."""
-        names = {id(module): name for module, name in self._names.items()}
+        names = {id(module): name for module, name in self._names().items()}
         inside = [id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)]
         found = [names[each] for each in inside if names.get(each)]
         return f"{found[-1]!r} cannot be captured" if found else "something outside of modules cannot be captured"
@@ -182,11 +191,15 @@ class Graphs:
     # ------------------------------------------------------------------ what a graph is bound to
 
     def _forget_if_changed(self) -> None:
-        state = state_of(self._names)
+        state = state_of(self._roots)
         if state != self._state:
-            self._state = state
-            self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are gone cannot be used again
-            self._kinds.clear()
+            self._state, self._parameters = state, self._parameters_now()
+            self._forget({})
+
+    def _forget(self, but: dict[Any, _Kind]) -> None:
+        """Drop what was captured, and all kinds of steps but these, of which none has been captured."""
+        self._kinds = but
+        self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are gone cannot be used again
 
 
 @contextlib.contextmanager
@@ -204,7 +217,7 @@ def _refusing_waits() -> Iterator[None]:
 
 def _warn(reason: str) -> None:
     """At the caller of `Runner.step`."""
-    warnings.warn(f"this kind of step is not captured in a CUDA graph, and runs as ever: {reason}", stacklevel=6)
+    warnings.warn(f"this kind of step is not captured in a CUDA graph, and runs as ever: {reason}", stacklevel=7)
 
 
 def copied(values: Any) -> Any:
@@ -215,6 +228,10 @@ def copied(values: Any) -> Any:
 def _unfit(batch: Batch) -> str | None:
     if any(x.requires_grad for x in _tensors(batch)):
         return "an input wants a gradient of its own"
+    if any(not (isinstance(x, torch.Tensor) or is_plain(x)) for x in _aims(batch)):
+        return "in the target is what is neither a tensor nor a plain value, and may be another in the next step"
+    if any(x.layout is not torch.strided for x in _all_tensors(batch)):
+        return "an input or target is sparse"
     if any(0 in x.stride() and x.numel() > 1 for x in _all_tensors(batch)):
         return "elements of an input or target share memory; pass x.contiguous()"
     return None
@@ -224,10 +241,19 @@ def _tensors(batch: Batch) -> list[torch.Tensor]:
     return [x for row in batch.inputs for x in row if x is not None]
 
 
+def _aims(batch: Batch) -> Iterator[Any]:
+    return (leaf for target in batch.targets for leaf in leaves(target))
+
+
 def _all_tensors(batch: Batch) -> Iterator[torch.Tensor]:
     yield from _tensors(batch)
-    for target in batch.targets:
-        yield from (leaf for leaf in leaves(target) if isinstance(leaf, torch.Tensor))
+    yield from (leaf for leaf in _aims(batch) if isinstance(leaf, torch.Tensor))
+
+
+def _alike(given: Sequence[Any]) -> tuple[int, ...]:
+    """Which of these are one and the same, and will share one place that the graph reads."""
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(id(x), number) for number, x in enumerate(given) if isinstance(x, torch.Tensor))
 
 
 def _still(batch: Batch, device: torch.device) -> Batch:

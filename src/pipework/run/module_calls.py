@@ -128,6 +128,7 @@ class ModuleCall:
             type(x) is Tensor
             and torch.is_grad_enabled()
             and _all_plain(self.own)
+            and not (x.is_complex() or self.weight.is_complex())
             and self.operation.fits(self.module, x, self.weight)
             and not torch.compiler.is_compiling()
             and not functorch_active()

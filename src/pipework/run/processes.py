@@ -87,8 +87,9 @@ class ProcessTransport(Transport):
     @override
     def fail(self, error: BaseException) -> None:
         """Close this rank's own connections, so that whoever waits on one of them hears of it at once."""
-        self._known = None
-        close(self._group)
+        known, self._known = self._known, None
+        if known is not None:
+            close(self._group, known)
 
     @property
     def _connections(self) -> Connections:

@@ -14,7 +14,7 @@ import contextvars
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -74,7 +74,12 @@ class ThreadRanks(Ranks):
 
         # In a context of its own with the caller's values: the compiler's settings are among them.
         futures = [self._pool.submit(contextvars.copy_context().run, play, executor) for executor in executors]
-        errors = [error for future in futures if (error := future.exception()) is not None]
+        try:
+            errors = [error for future in futures if (error := future.exception()) is not None]
+        except BaseException as interruption:  # of the caller: no rank may go on beside the next step
+            self._threads.fail(None, interruption)
+            wait(futures)
+            raise
         for (_, device), own in self._streams.items():
             if device in callers:
                 callers[device].wait_stream(own)

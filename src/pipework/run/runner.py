@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import nn
 
-from pipework.errors import InputError, PipeworkError
+from pipework.errors import InputError, PipeworkError, TransportError
 from pipework.plan import Schedule, Timeline, check
 from pipework.run.checkpoint import load
 from pipework.run.clock import Recording
@@ -182,6 +182,14 @@ class Runner:
             raise
 
     def _play(self, batch: Batch, trains: bool) -> torch.Tensor | None:
+        try:
+            return self._played(batch, trains)
+        except TransportError as error:
+            for end in self._ends:
+                end.fail(error)  # however late it was heard: the group's next runner makes new connections
+            raise
+
+    def _played(self, batch: Batch, trains: bool) -> torch.Tensor | None:
         made = self._plan(batch, trains)
         recording = self._recording(made)
         draw = DrawKey(self.seed, self.steps, 0)

@@ -123,7 +123,8 @@ class StageRun:
         draws = any(e.draw for e in part.entries) or any(
             name == own or name.startswith(own + ".") for name in variant.drawing for own in part.modules
         )
-        self.calls_before = variant.calls_before[index] if draws else None
+        # Also where this stage draws nothing: a checkpoint in it sets a generator, from which others may be drawing.
+        self.calls_before = variant.calls_before[index] if variant.draws else None
         self.recomputed = None
         if is_recomputed:
             self.recomputed = Recomputed(self.stage, variant.written_buffers, stage.replaced, draws)

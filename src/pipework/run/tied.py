@@ -18,10 +18,15 @@ from pipework.plan import Layout
 from pipework.run.layouts import Layouts
 from pipework.run.transport import Transport
 from pipework.split.cut import Wire
-from pipework.split.preserve import simple_attributes
 from pipework.split.stage import Stage
 from pipework.split.ties import NO_VALUE, Tie
-from pipework.split.torch_private import children_of, compile_like, parameters_of, shallow_copy
+from pipework.split.torch_private import (
+    children_of,
+    compile_like,
+    parameters_of,
+    shallow_copy,
+    shared_attributes,
+)
 
 
 @final
@@ -54,10 +59,11 @@ class TiedStage:
     def refresh(self) -> None:
         """Follow what has happened to the original since: its modes, its values, where they are."""
         for copy, original in self._copies:
-            copy.__dict__.update(simple_attributes(original))
+            copy.__dict__.update(shared_attributes(original))
         for name in self._twinned:
             original = self._original.get_parameter(self._tied[name])
             self.leaves[name].data = original.data
+            self.leaves[name].grad = None  # what a step left that did not come to its end
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The parameters whose gradients stay with this stage: all but the twins."""

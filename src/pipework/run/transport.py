@@ -103,7 +103,7 @@ class Threads:
         self._turn = threading.Condition()
         self._shelves: dict[tuple[Way, int], Any] = {}
         self._sent, self._claimed = Counter[Way](), Counter[Way]()
-        self._failure: tuple[int, BaseException] | None = None
+        self._failure: tuple[int | None, BaseException] | None = None
         self.ends = tuple(ThreadTransport(self, rank, ranks) for rank in range(ranks))
 
     def begin(self) -> None:
@@ -135,11 +135,12 @@ class Threads:
             self._turn.wait_for(lambda: place in self._shelves or self._failure)
             if self._failure is not None:
                 rank, error = self._failure
-                raise TransportError(f"rank {rank} failed", why=f"{type(error).__name__}: {error}") from error
+                who = "the caller was interrupted" if rank is None else f"rank {rank} failed"
+                raise TransportError(who, why=f"{type(error).__name__}: {error}") from error
             return self._shelves.pop(place)
 
-    def fail(self, rank: int, error: BaseException) -> None:
-        """Wake every rank that waits: this one will send nothing more."""
+    def fail(self, rank: int | None, error: BaseException) -> None:
+        """Wake every rank that waits: this one will send nothing more, or (None) the caller wants the step no more."""
         with self._turn:
             self._failure = self._failure or (rank, error)
             self._turn.notify_all()

@@ -142,7 +142,7 @@ def drawing_for(key: DrawKey | None, calls_before: Mapping[str, int] | None = No
     """Inside the block this thread works on one microbatch; `calls_before` counts calls made in earlier stages.
 
     Ranks that are threads share the CPU's generator, which a checkpoint reads in the forward and sets in the
-    backward; so of the actions that draw, one runs at a time.
+    backward, whether or not it draws; so where a model draws at all, one action runs at a time.
     """
     before = getattr(_thread, "key", None), getattr(_thread, "calls", None)
     with _generator:

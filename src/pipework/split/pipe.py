@@ -49,6 +49,11 @@ class Variant:
     ties: tuple[Tie, ...]
     guards: Guards | None
 
+    @property
+    def draws(self) -> bool:
+        """Whether random numbers go into any of it."""
+        return bool(self.drawing) or any(entry.draw for part in self.cut.parts for entry in part.entries)
+
     def rebuild(self, results: Sequence[torch.Tensor]) -> Any:
         """The model's own output from the tensors that the last stage returns for it."""
         tensors = dict(zip(self.cut.results, results, strict=True))

@@ -133,8 +133,14 @@ def shallow_copy(
     """A module that shares all with another but these parameters and children; lists of its own follow `instead`."""
     copy = module.__class__.__new__(module.__class__)
     lists = {k: [instead(x) for x in v] for k, v in module.__dict__.items() if type(v) is list}
-    copy.__dict__.update(module.__dict__ | lists | {"_parameters": parameters, "_modules": children})
+    copy.__dict__.update(shared_attributes(module) | lists | {"_parameters": parameters, "_modules": children})
     return copy
+
+
+def shared_attributes(module: torch.nn.Module) -> dict[str, Any]:
+    """What a module and its shallow copies have in common: all but parameters, children, lists, how it is compiled."""
+    own = {"_parameters", "_modules", "_compiled_call_impl"}
+    return {name: value for name, value in module.__dict__.items() if name not in own and type(value) is not list}
 
 
 def is_persistent(module: torch.nn.Module, buffer: str) -> bool:
@@ -341,6 +347,7 @@ __all__ = [
     "sequence_number",
     "shallow_copy",
     "share_memory",
+    "shared_attributes",
     "storage_of",
     "timeout_of",
     "version_of",
