@@ -24,7 +24,7 @@ transfers take nothing. `pipework compare` prints the same table for any costs, 
 
 - *Makespan* is from the first start to the last end on any rank, *span* that of the longest rank alone: in a row of
   steps the next one may begin where a rank is done, so a claim of "zero bubble" is one about the span.
-- *Bubble* is the idle share of the span.
+- *Bubble* is the idle share of the makespan. That of the span is 0 where the papers say "zero bubble" (span 24 here).
 - *Peak* is the most activation memory of any rank: 1 is what one microbatch keeps on one rank.
 - *Transfers* cross from rank to rank.
 """
@@ -38,7 +38,9 @@ gradients cannot be split off. If stages cost unlike, `pipework search` finds an
 
 Splitting the backward changes no number. What is split off are the weight gradients of `Linear`, `Conv` and `Embedding`
 modules. Those of other modules come with the input gradient, and so do those of a weight that is used in other ways
-too, of compiled code, and of parameters with hooks or shared between stages.
+too, of compiled code, and of parameters with hooks or shared between stages. One thing is not seen: a block that uses a
+layer's weight beside the layer's own call in some microbatches only, where others do as many other operations instead,
+and call the same modules. That use's gradient is lost; run such a block by a schedule that does not split.
 """
 
 
@@ -62,7 +64,7 @@ def overview(timelines: dict[str, Timeline]) -> str:
             f"{layout.stages // layout.ranks}",
             f"{found.makespan:g}",
             f"{found.span:g}",
-            f"{100 * found.bubble_of_span:.1f} %",
+            f"{100 * found.bubble:.1f} %",
             f"{max(found.peaks):g}" if found.schedule.trains else "-",
             str(crossings(found.schedule)),
             "yes" if family.runs else "planned only",

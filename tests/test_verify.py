@@ -315,3 +315,14 @@ def test_convolutions_in_channels_last() -> None:
 def test_other_dtypes(dtype: torch.dtype) -> None:
     made = nn.Sequential(*linears(4)).to(dtype)
     assert pipework.verify(made, (X.to(dtype),), target=Y.to(dtype), loss=squared).equal
+
+
+def test_a_loss_that_uses_the_model_itself_is_not_called_equal() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().mean() + model[0].weight.square().sum()
+
+    with pytest.raises(InputError, match=r"uses the model's own '0.weight'"):
+        pipework.verify(model, (torch.ones(4, 4),), target=torch.zeros(4, 4), loss=loss)
+    assert model[0].weight.grad is None

@@ -131,7 +131,9 @@ def verify(  # noqa: PLR0913 (one for each thing that a user may vary)
     plan = _schedule(wanted, pipe, ranks, microbatches)
     runner = Runner(pipe, plan, loss=loss, group=group)
     runner.keep_outputs = True
+    untouched = {name: (parameter, parameter.grad) for name, parameter in model.named_parameters()}
     total = runner.step(*args, target=target, **named)
+    _refuse_touched(untouched, runner)
     expected = _reference(reference, parts, target, loss, pipe, plan, runner.seed)
     found = [*_compared("loss", "", total, expected.loss)]
     if runner.outputs is not None:
@@ -156,6 +158,19 @@ def _copied(model: nn.Module) -> nn.Module:
         if is_compiled_in_place(module):
             compile_like(module, twin)
     return found
+
+
+def _refuse_touched(before: Mapping[str, tuple[torch.nn.Parameter, torch.Tensor | None]], runner: Runner) -> None:
+    """Raise on every rank where a step on a copy gave gradients to the model itself; they are put back."""
+    touched = [name for name, (parameter, gradient) in before.items() if parameter.grad is not gradient]
+    for parameter, gradient in before.values():
+        parameter.grad = gradient
+    if names := [name for told in runner.exchange(touched) for name in told]:
+        raise InputError(
+            f"the loss, or a block, uses the model's own {names[0]!r}",
+            why="the step ran on a copy of the model, so that this gradient would be compared with nothing",
+            remedy="use it in the model's own forward, outside of blocks: a penalty can be one of its outputs",
+        )
 
 
 def _inputs(arguments: Arguments) -> list[tuple[str, torch.Tensor]]:

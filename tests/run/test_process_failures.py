@@ -210,3 +210,22 @@ def heard_late(group: Any, rank: int) -> tuple[str, bool]:
 
 def test_a_failure_that_others_hear_of_after_their_last_action(gloo_pool: GlooPool) -> None:
     assert gloo_pool.run(heard_late) == [("ValueError", True), ("TransportError", True)]
+
+
+def penalised(group: Any, rank: int) -> str:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    pipe = pipework.pipeline(model, (torch.ones(2, 4),), stages=group.size())
+    schedule = pipework.schedules.one_f_one_b(pipe.layout(group.size()), MICROBATCHES)
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().mean() + model[0].weight.square().sum()
+
+    broken = pipework.Runner(pipe, schedule, loss=loss, group=group)
+    return str(raised(lambda: broken.step(torch.ones(8, 4), target=torch.zeros(8, 4))))
+
+
+def test_a_loss_that_uses_a_weight_of_another_rank(gloo_pool: GlooPool) -> None:
+    first, last = gloo_pool.run(penalised)
+    assert "connection to another rank was lost" in first
+    assert "'0.weight' was used on a rank that does not have its stage" in last
+    assert "a penalty can be one of its outputs" in last

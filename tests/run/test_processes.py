@@ -338,3 +338,16 @@ def test_a_models_own_loss_reaches_every_rank(gloo_pool: GlooPool) -> None:
     first, second = gloo_pool.run(own_loss_on_processes)
     case, runner = case_runner("own loss", 2, 4)
     assert first == second == float(runner.step(*case.args, **case.kwargs))
+
+
+def counting(group: dist.ProcessGroup, rank: int) -> float:
+    def right(output: Tensor, target: Tensor) -> Tensor:
+        return (output.argmax(-1) == target.argmax(-1)).sum()
+
+    runner = runner_of(piped(sequence(), "2"), group=group, loss=right, scale_loss=False)
+    x = numbers(8, WIDTH)
+    return float(runner.evaluate(x, target=sequence()(x)).loss)
+
+
+def test_an_evaluation_that_counts(gloo_pool: GlooPool) -> None:
+    assert gloo_pool.run(counting) == [8.0, 8.0]

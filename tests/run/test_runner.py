@@ -419,3 +419,23 @@ def test_weights_tied_across_stages() -> None:
         assert torch.equal(runner.step(X, target=Y), unsplit(reference, X, Y, 4))
     assert equal(gradients(model), gradients(reference))
     assert len(list(runner.parameters())) == 7
+
+
+def test_autocast_without_its_cache_around_the_step() -> None:
+    """Each use of a weight then has a cast of its own, and gradients add up in another dtype."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(torch.tanh(self.one(x)))
+
+    model = nn.Sequential(Twice(), Twice())
+    reference, runner = copy.deepcopy(model), runner_of(piped(model, "1"))
+    x, target = numbers(8, WIDTH), numbers(8, WIDTH, seed=5)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        found, wanted = runner.step(x, target=target), unsplit(reference, x, target, 4)
+    assert torch.equal(found, wanted)
+    assert equal(gradients(model), gradients(reference))

@@ -17,6 +17,7 @@ from typing import Any, final
 from pipework.plan import Action, Compute, Instruction, Kind, Layout, Program, Receive, Transfer
 from pipework.run.backward import Later
 from pipework.run.clock import Recording
+from pipework.run.elsewhere import Elsewhere
 from pipework.run.labels import Label
 from pipework.run.layouts import Layouts
 from pipework.run.recompute import explained
@@ -96,7 +97,9 @@ class Executor:
         transport: Transport,
         trains: bool,
         recomputed: Collection[int],
+        elsewhere: Elsewhere,
     ) -> None:
+        self._elsewhere = elsewhere
         self.rank, self.transport, self.layout, self.trains = program.rank, transport, layout, trains
         own = next((p for stage in stages.values() for p in (*stage.parameters(), *stage.buffers())), None)
         self.devices = {index: stage.device_beside(own) for index, stage in stages.items()}
@@ -124,11 +127,8 @@ class Executor:
             run.begin()
         step = _Step(self, feed)
         try:
-            if feed.recording or feed.label:
-                self._play_watched(step, feed.recording, feed.label or contextlib.nullcontext)
-            else:
-                for do, what in self._program:
-                    do(step, what)
+            with self._elsewhere.left_alone(self.rank):
+                self._play(step)
             step.finish()
         except BaseException:
             step.abandon()
@@ -139,6 +139,14 @@ class Executor:
         if self._program is self._in_order:
             self._program = _ahead(self._in_order, self.transport.receives_ahead)
         self._spread()
+
+    def _play(self, step: _Step) -> None:
+        feed = step.feed
+        if feed.recording or feed.label:
+            self._play_watched(step, feed.recording, feed.label or contextlib.nullcontext)
+            return
+        for do, what in self._program:
+            do(step, what)
 
     def _play_watched(self, step: _Step, recording: Recording | None, label: Label) -> None:
         """Play the program with a label on each instruction, and the time of each action, its waits not counted."""

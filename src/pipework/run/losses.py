@@ -27,7 +27,10 @@ LossWeight = Callable[[Any], Any]
 Share = float | torch.Tensor
 """What a microbatch's loss is multiplied by; a tensor of float64 where a captured step reads it anew every time."""
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPES = (
+    *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),  # of an evaluation that counts
+)
 
 
 def shares(weight: LossWeight, targets: Sequence[Any], scale: bool) -> list[float]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from pipework.errors import InputError, MismatchError, ScheduleError
 from pipework.plan import Program, Schedule, check, forward_only, lower
+from pipework.run.elsewhere import Elsewhere
 from pipework.run.executor import Executor
 from pipework.run.graphs import Graphs
 from pipework.run.stage_run import StageRun
@@ -57,17 +58,12 @@ def plan(
     if not ends[0].in_one_process:
         _refuse_layouts(variants)
     programs: tuple[Program, ...] = lower(schedule)
+    held = [{index: pipe.get_stage_module(index) for index in layout.held_by(end.rank)} for end in ends]
+    here = [stage for stages in held for stage in stages.values()]
+    elsewhere = Elsewhere(pipe.model, (parameter for stage in here for parameter in stage.parameters()))
     executors = tuple(
-        Executor(
-            programs[end.rank],
-            layout,
-            variants,
-            {index: pipe.get_stage_module(index) for index in layout.held_by(end.rank)},
-            end,
-            trains,
-            schedule.recomputed,
-        )
-        for end in ends
+        Executor(programs[end.rank], layout, variants, stages, end, trains, schedule.recomputed, elsewhere)
+        for end, stages in zip(ends, held, strict=True)
     )
     number = int(hashlib.sha256(f"{fingerprint(variants)} {trains}".encode()).hexdigest()[:15], 16)
     drawing = {name: called for variant in dict.fromkeys(variants) for name, called in variant.drawing.items()}
@@ -77,10 +73,7 @@ def plan(
     watched = {name: called for name, called in drawing.items() if name not in in_one_stream}
     _warn_of_compiled(runs, variants)
     devices = frozenset(device for executor in executors for device in executor.devices.values())
-    whole: Graphs | None = None
-    if graphs and trains:
-        held = [pipe.get_stage_module(index) for executor in executors for index in executor.devices]
-        whole = Graphs(held, loss, devices)
+    whole = Graphs(here, loss, devices) if graphs and trains else None
     return Plan(schedule, tuple(variants), executors, devices, watched, modules, number, graphs=whole)
 
 

@@ -60,11 +60,13 @@ class ThreadRanks(Ranks):
         if self._pool is None:
             self._pool = ThreadPoolExecutor(len(executors), "pipework-rank")
         ambient, threads = Surroundings.now(), torch.get_num_threads()
+        caches_casts = torch.is_autocast_cache_enabled()
         devices = {device for e in executors for device in e.devices.values() if device.type == "cuda"}
         callers = {device: torch.cuda.current_stream(device) for device in devices}
 
         def play(executor: Executor) -> None:
             try:
+                torch.set_autocast_cache_enabled(caches_casts)
                 torch.set_num_threads(threads)  # else oneDNN and MKL go by a count of each thread's own
                 with ambient.restored(), self._beside(executor, callers):
                     executor.run(feed)
