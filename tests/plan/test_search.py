@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -161,6 +162,8 @@ def test_a_solver_goes_on_where_rules_end() -> None:
     quick, found = (search(layout, 4, costs, memory=3, seconds=seconds) for seconds in (0, 60))
     assert quick.bound < found.bound == found.value < quick.value
     assert (quick.optimal, found.optimal, found.how) == (False, True, "solver")
+    with pytest.raises(KeyboardInterrupt):  # the solver would leave a process that an interrupt kills
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def solve(problem: Problem, known: Windows, best: Orders, seconds: float, worker
     solver: Any = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = seconds
     solver.parameters.num_workers = workers or max(8, os.cpu_count() or 1)
+    solver.parameters.catch_sigint_signal = False  # it would leave the process without Python's own handler
     status: Any = solver.solve(model.model)
     least = known.least
     if problem.exact_memory and status != cp_model.UNKNOWN:
